@@ -1,0 +1,151 @@
+"""Fine-tune a model as a recipe says, on the ranks that the launcher starts, and report every rank's peak memory.
+
+accelerate launch launch/train.py recipes/quickstart.yaml
+accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quickstart.yaml training.epochs=2
+torchrun --nproc_per_node 2 launch/train.py recipes/quickstart.yaml
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
+
+from lorasp.cli import STOPPED, recipe_from_command_line, run_reporting_errors
+
+
+def main() -> int:
+    recipe = recipe_from_command_line(__doc__)
+
+    # The recipe is known to be good before anything heavy is imported.
+    from lorasp.accounting import held_bytes
+    from lorasp.data.batches import training_batches
+    from lorasp.data.load import load_data
+    from lorasp.models.weights import load_tokenizer
+    from lorasp.rehearsal import rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
+    from lorasp.reporting.run_log import RunLog
+    from lorasp.run import (
+        answer_samples,
+        claim_run_directory,
+        clear_run_directory,
+        compute_dtype,
+        fetch_data,
+        find_model,
+        load_model,
+        save_result,
+        score,
+    )
+    from lorasp.trainer import NonFiniteLoss, train
+    from lorasp.zero.engine import Engine
+    from lorasp.zero.launch import start_ranks, stop_ranks
+
+    training = recipe.training
+    dtype = compute_dtype(recipe)
+    ranks = start_ranks(recipe, dtype)
+    run_dir = claim_run_directory(recipe, ranks)
+    log = RunLog(recipe, ranks, run_dir)
+    log.console.info(f"{recipe.name}: {recipe.method}, {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
+    for setting in ranks.overruled:
+        log.console.warn(f"the recipe overrules the launcher's {setting}")
+
+    # Data before the model: what is wrong with it shows in seconds.
+    directory = find_model(recipe, ranks)
+    tokenizer = load_tokenizer(directory, recipe.model)
+    fetch_data(recipe, ranks)
+    data = load_data(recipe, tokenizer)
+    order = data.order(recipe)
+    for line in data.describe():
+        log.console.info(line)
+
+    with log.phase("load"):
+        loaded = load_model(recipe, directory, ranks, dtype)
+        engine = Engine(ranks, loaded.model, training)
+        log.model_loaded(asdict(loaded.counts), lambda: held_bytes(loaded.model, engine))
+
+    samples = data.samples(recipe.evaluation.samples)
+
+    def evaluate(step: int) -> None:
+        if data.held_out is not None:
+            with log.phase("evaluate"):
+                held_out = score(engine, data, recipe.evaluation, ranks)
+            log.scored(step, held_out)
+
+    def answer(when: str) -> None:
+        with log.phase("evaluate"):
+            answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
+
+    saved_at: list[int] = []
+
+    def save(step: int) -> None:
+        with log.phase("save"):
+            path = save_result(run_dir, recipe, loaded, engine, tokenizer, step, writes=ranks.is_main)
+        saved_at.append(step)
+        log.console.info(f"saved {path} at step {step}")
+
+    if recipe.rehearse:
+        with log.phase("rehearse_train"):
+            units = order.largest_units(data.train.examples, training.micro_batch_size)
+            largest = worst_batch(units, training.micro_batch_size)
+            rehearse_step(engine, largest, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
+        with log.phase("rehearse_evaluate"):
+            if data.held_out is not None:
+                together = max(recipe.evaluation.micro_batch_size, len(samples))  # samples are answered all at once
+                largest = worst_batch(data.held_out.examples, together)
+                rehearse_evaluation(engine, largest, ranks.device)
+        with log.phase("rehearse_save"):
+            rehearse_save(
+                run_dir,
+                lambda path: save_result(path, recipe, loaded, engine, tokenizer, 0, writes=ranks.is_main),
+                is_main=ranks.is_main,
+            )
+        log.rehearsed()
+    clear_run_directory(run_dir, ranks)  # only now can nothing be refused any more
+
+    if recipe.evaluation.before:
+        evaluate(0)
+        answer("before")
+
+    batches = training_batches(
+        data.train.examples,
+        order,
+        micro_batch_size=training.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    try:
+        with log.training(order.total_steps):
+            train(
+                engine,
+                batches,
+                order.total_steps,
+                training,
+                device=ranks.device,
+                world_size=ranks.world_size,
+                on_log=log.trained,
+                every=[(training.evaluate_every, evaluate), (training.save_every, save)],
+            )
+        status = "finished"
+    except NonFiniteLoss as stopped:
+        log.console.warn(str(stopped))
+        # Weights that gave no finite loss must not replace those that were saved when they still did.
+        if stopped.weights_are_good or not saved_at:
+            save(stopped.step - 1)
+        status = f"stopped: {stopped}"
+
+    if status == "finished":
+        save(order.total_steps)
+        evaluate(order.total_steps)
+        answer("after")
+    log.finish(
+        status,
+        parameters=asdict(loaded.counts),
+        optimizer_state_bytes=engine.optimizer_state_bytes(),
+        data=data.report(),
+        samples=samples,
+    )
+    stop_ranks(ranks)
+    return 0 if status == "finished" else STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting_errors(main))

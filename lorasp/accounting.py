@@ -1,0 +1,60 @@
+"""What a model has, and what a rank holds of it: counted from the tensors, never estimated."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorasp.adapter import AdaptedLinear
+from lorasp.quantization import ShardedLinear
+from lorasp.zero.engine import Engine
+from lorasp.zero.sharding import shard_bytes
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters over all ranks. total: base and adapter; adapter: entries of all A and B; trained: those updated."""
+
+    total: int
+    adapter: int
+    trained: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Counts an unsharded model (the meta device will do); a quantized weight counts as the entries it stands for."""
+    base = adapter = trained = 0
+    for module in model.modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if isinstance(module, ShardedLinear) and module.quantization.format != "none":
+            base += module.in_features * module.out_features
+            parameters = {name: p for name, p in parameters.items() if name not in ("codes", "scales")}
+        if isinstance(module, AdaptedLinear):
+            adapter += module.A_selection.entries + module.B_selection.entries
+            trained += parameters["A"].numel() + parameters["B"].numel()
+            parameters = {name: p for name, p in parameters.items() if name not in ("A", "B", "A_rest")}
+        base += sum(p.numel() for p in parameters.values())
+    # A tied parameter is one.
+    every = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    base -= sum(p.numel() for p in every) - sum(p.numel() for p in set(every))
+    if adapter == 0:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ParameterCounts(base + adapter, adapter, trained)
+
+
+def held_bytes(model: nn.Module, engine: Engine | None) -> dict[str, int]:
+    """Bytes that this rank holds between steps, by part.
+
+    base_shard: its part of the frozen base (`method: full`: of all weights); adapters: its part of A and B in compute
+    precision; masks: S, whole on each rank; buffers: rotary frequencies and second-level scales, whole; gradients:
+    its fp32 part and the reduction bucket; optimizer: its fp32 masters and moments (none before the first step).
+    """
+    held = dict.fromkeys(("base_shard", "adapters", "masks", "buffers", "gradients", "optimizer"), 0)
+    for name, parameter in model.named_parameters():
+        part = "adapters" if name.rpartition(".")[2] in ("A", "B", "A_rest") else "base_shard"
+        held[part] += shard_bytes(parameter)
+    for name, buffer in model.named_buffers():
+        part = "masks" if name.endswith("_bits") else "buffers"
+        held[part] += buffer.numel() * buffer.element_size()
+    if engine is not None:
+        held["gradients"] = engine.gradient_bytes()
+        held["optimizer"] = engine.optimizer_state_bytes()
+    return held

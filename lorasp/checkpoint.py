@@ -1,0 +1,244 @@
+"""The adapter on disk: whole or absent, and loaded again for evaluation or further training.
+
+`adapter.safetensors` holds, for each adapted linear NAME, `NAME.A` and `NAME.B` (fp32, the selected entries),
+`NAME.A_bits` and `NAME.B_bits` (uint8, S packed; see selection.py; empty where all entries are selected), and
+`NAME.A_rest` (fp32, A's frozen entries) with `frozen_entries: init`. Its metadata holds `AdapterInfo` as JSON.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorasp.adapter import adapted_linears, model_selection_digest
+from lorasp.recipe import Recipe, RecipeError
+
+ADAPTER_FILE = "adapter.safetensors"
+_FORMAT = "lorasp-adapter-1"
+_MODEL_SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter is: enough to rebuild its S from the seed, and to refuse another base."""
+
+    format: str
+    method: str
+    base_model: str
+    base_digest: str
+    rank: int
+    alpha: float
+    rslora: bool
+    frozen_entries: str
+    target_modules: str | list[str]
+    strategy: str
+    fraction: float
+    seed: int
+    selection_digest: str
+    dtype: str  # of computation: codes are quantized from the base in this precision
+    step: int
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, model: nn.Module, *, base_digest: str, selection_seed: int, step: int
+    ) -> "AdapterInfo":
+        """selection_seed: the one that S was drawn with; not the recipe's where S came with `adapter.init_from`."""
+        adapter, selection = recipe.adapter, recipe.selection
+        return cls(
+            format=_FORMAT,
+            method=recipe.method,
+            base_model=recipe.model.path,
+            base_digest=base_digest,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            rslora=adapter.rslora,
+            frozen_entries=adapter.frozen_entries,
+            target_modules=adapter.target_modules,
+            strategy=selection.strategy,
+            fraction=recipe.effective_fraction,
+            seed=selection_seed,
+            selection_digest=model_selection_digest(model),
+            dtype=str(next(adapted_linears(model)).dtype).removeprefix("torch."),
+            step=step,
+        )
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter read back: its info and tensors by name."""
+
+    path: Path
+    info: AdapterInfo
+    tensors: dict[str, Tensor]
+
+    def apply(self, model: nn.Module) -> None:
+        """Puts values and S into the model's adapters, before it is sharded.
+
+        Raises RecipeError if an adapted linear is missing on either side or has another size, or S is not the one that
+        was saved.
+        """
+        linears = {linear.name: linear for linear in adapted_linears(model)}
+        saved = {name.removesuffix(".A") for name in self.tensors if name.endswith(".A")}
+        if saved != set(linears):
+            odd = sorted(saved ^ set(linears))
+            raise RecipeError(
+                f"adapter.init_from: {self.path} adapts other linear layers than this model and recipe: {len(odd)} "
+                f"differ, such as {odd[0]}"
+            )
+        for name, linear in linears.items():
+            for part in ("A", "B", "A_rest", "A_bits", "B_bits"):
+                ours, value = getattr(linear, part), self.tensors.get(f"{name}.{part}")
+                if (ours is None) != (value is None) or (value is not None and value.shape != ours.shape):
+                    raise RecipeError(f"adapter.init_from: {self.path}: {name}.{part} has another size here")
+                if part.endswith("_bits"):
+                    setattr(linear, part, value)
+                elif value is not None:
+                    ours.data = value.to(ours.dtype)
+        # S decides where each value belongs: wrong bits would load without a word.
+        if model_selection_digest(model) != self.info.selection_digest:
+            raise RecipeError(f"adapter.init_from: {self.path} is damaged: its S is not the one that was saved")
+
+    def check_base(self, base_digest: str) -> None:
+        """Raises RecipeError if the adapter was trained on other base weights."""
+        if self.info.base_digest != base_digest:
+            raise RecipeError(
+                f"adapter.init_from: {self.path} was trained on another base ({self.info.base_model}, digest "
+                f"{self.info.base_digest[:12]}); this model's weights have digest {base_digest[:12]}"
+            )
+
+
+def load_adapter(directory: str | Path, recipe: Recipe) -> SavedAdapter:
+    """Reads a saved adapter on the CPU.
+
+    Raises RecipeError if there is none, it is damaged, or the recipe asks for another shape or selection.
+    """
+    path = Path(directory)
+    path = path if path.is_file() else path / ADAPTER_FILE
+    if not path.is_file():
+        path = Path(directory) / "adapter" / ADAPTER_FILE
+    if not path.is_file():
+        raise RecipeError(f"adapter.init_from: {directory} holds no {ADAPTER_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = AdapterInfo(**json.loads((file.metadata() or {})["lorasp"]))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors', JSON's and the metadata's own errors alike
+        raise RecipeError(f"adapter.init_from: {path} is damaged or not ours ({error})") from None
+    if info.format != _FORMAT:
+        raise RecipeError(f"adapter.init_from: {path} is of format {info.format}; this version reads {_FORMAT}")
+    asked = {
+        "adapter.rank": (recipe.adapter.rank, info.rank),
+        "adapter.alpha": (recipe.adapter.alpha, info.alpha),
+        "adapter.rslora": (recipe.adapter.rslora, info.rslora),
+        "adapter.frozen_entries": (recipe.adapter.frozen_entries, info.frozen_entries),
+        "selection.strategy": (recipe.selection.strategy, info.strategy),
+        "selection.fraction": (recipe.effective_fraction, info.fraction),
+    }
+    differing = [f"{key} is {ours}, the adapter's {its}" for key, (ours, its) in asked.items() if ours != its]
+    if differing:
+        raise RecipeError(f"adapter.init_from: {path} does not fit the recipe: {'; '.join(differing)}")
+    return SavedAdapter(path, info, tensors)
+
+
+def save_adapter(
+    directory: Path, info: AdapterInfo, model: nn.Module, values: Iterable[tuple[str, Tensor]], *, writes: bool
+) -> None:
+    """Writes the adapter whole, or leaves what was there. `values` (collective) as `Engine.trained_values` gives them.
+
+    writes: rank 0 only; the others take part in the gathers. Raises RecipeError when the disk refuses.
+    """
+    linears = list(adapted_linears(model))
+    module_names = {id(module): name for name, module in model.named_modules()}
+    own_names = {module_names[id(linear)]: linear.name for linear in linears}
+    tensors: dict[str, Tensor] = {}
+    for name, value in values:
+        module_name, _, part = name.rpartition(".")
+        if writes:
+            tensors[f"{own_names[module_name]}.{part}"] = value.contiguous()
+    for linear in linears:
+        rest = _gathered(linear.A_rest) if linear.A_rest is not None else None
+        if writes:
+            tensors[f"{linear.name}.A_bits"] = linear.A_bits.cpu()
+            tensors[f"{linear.name}.B_bits"] = linear.B_bits.cpu()
+            if rest is not None:
+                tensors[f"{linear.name}.A_rest"] = rest
+    if writes:
+        write_tensors_whole(directory / ADAPTER_FILE, tensors, {"lorasp": json.dumps(asdict(info))})
+
+
+def save_model(
+    directory: Path, values: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, *, prefix: str, writes: bool
+) -> None:
+    """Writes a whole model as sharded safetensors, in the layout that transformers reads.
+
+    Holds one file's tensors at a time. dtype: None leaves each tensor as it is. prefix: what our names have in front
+    of the model's own.
+    """
+    weight_map: dict[str, str] = {}
+    for index, tensors in enumerate(_in_files(values, dtype, prefix)):
+        if writes:
+            file = f"model-{index + 1:05d}.safetensors"
+            write_tensors_whole(directory / file, tensors, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+    if writes:
+        size = sum((directory / file).stat().st_size for file in set(weight_map.values()))
+        write_text_whole(
+            directory / "model.safetensors.index.json",
+            json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1),
+        )
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes beside, syncs, renames. Raises RecipeError when the disk refuses."""
+    _replace_file(path, lambda beside: beside.write_text(text))
+
+
+def _in_files(
+    values: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, prefix: str
+) -> Iterator[dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    for name, value in values:
+        tensors[name.removeprefix(prefix)] = (value if dtype is None else value.to(dtype)).contiguous()
+        if sum(t.numel() * t.element_size() for t in tensors.values()) >= _MODEL_SHARD_BYTES:
+            yield tensors
+            tensors = {}
+    if tensors:
+        yield tensors
+
+
+def _gathered(parameter: nn.Parameter) -> Tensor:
+    from lorasp.zero.sharding import gathered
+
+    with gathered(parameter):
+        return parameter.data.float().cpu().clone()
+
+
+def write_tensors_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, as `write_text_whole` writes a text."""
+    _replace_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+
+
+def _replace_file(path: Path, write) -> None:
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        beside.chmod(0o644)  # safetensors' 0600 would hide it from one's group
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except Exception as error:  # safetensors wraps the operating system's error in its own
+        beside.unlink(missing_ok=True)
+        raise RecipeError(
+            f"{path} could not be written ({error}); what was saved there before is unharmed. Free space or name "
+            f"another output_dir"
+        ) from error

@@ -1,0 +1,50 @@
+"""Held-out loss and exact match, from one forward an example."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+
+from lorasp.data.batches import evaluation_batches
+from lorasp.data.examples import Example
+from lorasp.zero.engine import Engine
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """loss: mean cross entropy of a response token, nats. exact_match: share of examples, 0 to 1.
+
+    An example matches when every token of its response, the end of sequence included, is the model's first choice
+    given the true tokens before it. That is when greedy decoding writes exactly that response: by induction, as long
+    as all choices were right, the true tokens before it are the ones it wrote itself.
+    """
+
+    loss: float
+    exact_match: float
+    examples: int
+    tokens: int
+
+
+@torch.no_grad()
+def score_held_out(
+    engine: Engine,
+    examples: list[Example],
+    micro_batch_size: int,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> HeldOutScore:
+    """Scores each example once over all ranks. Collective; all ranks get the same score."""
+    engine.train_mode(False)
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in evaluation_batches(examples, micro_batch_size, rank, world_size):
+        losses, correct = engine(**batch.model_inputs(device), score=True)
+        right = [part.all() for part in correct.split(batch.label_counts) if part.numel()]
+        totals[0] += losses.sum()
+        totals[1] += sum(right)
+        totals[2] += len(right)
+        totals[3] += losses.numel()
+    dist.all_reduce(totals)
+    loss, matches, count, tokens = totals.tolist()
+    return HeldOutScore(loss / tokens, matches / count, int(count), int(tokens))

@@ -1,0 +1,358 @@
+"""Measured memory of one process (one rank): peaks by phase, and exact bytes of live tensors.
+
+All sizes are bytes. Peaks are measured where the system keeps them (CUDA's allocator on a GPU, the kernel's high-water
+mark of resident memory on a Linux CPU) and sampled only elsewhere. Every peak carries its `source`, since these are
+different things: a CPU rank's counts the interpreter, the libraries and what the C allocator has not given back.
+
+Never `ru_maxrss`: it survives exec, so a child would report its parent's peak.
+"""
+
+import re
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+WORKSPACE = "workspace"
+NOT_RESIDENT = "counted_not_resident"
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc_pid_clear_refs(5): set VmHWM to the present VmRSS; touches nothing else
+_SAMPLE_SECONDS = 0.005
+
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+def gib(size: int) -> str:
+    """`size` bytes as a number of GiB with three places, without the unit: the header or the sentence names it."""
+    return f"{size / 2**30:.3f}"
+
+
+def mib(size: int) -> str:
+    """`size` bytes as a number of MiB with one place, for parts that would be 0.00 GiB."""
+    return f"{size / 2**20:,.1f}"
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """What one phase held at most. Sizes in bytes.
+
+    `peak_total_bytes` is what the source reports, `peak_bytes` the same above `baseline_bytes` (not below 0).
+    `reserved_bytes`: peak of what CUDA's caching allocator took from the GPU, None elsewhere. `anonymous_bytes_end`
+    and `file_bytes_end`: resident memory at the phase's end, apart (a memory-mapped weights file is of the second
+    kind, which the system can drop), None where the source doesn't tell.
+    """
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    peak_total_bytes: int
+    baseline_bytes: int
+    source: str
+    reserved_bytes: int | None = None
+    anonymous_bytes_end: int | None = None
+    file_bytes_end: int | None = None
+
+
+class MemoryMeter:
+    """Peaks by phase of this process on `device`. Make it first: what is held then is the baseline.
+
+    Phases may nest (an evaluation within training): the inner one suspends the outer one, so each second and each peak
+    belongs to one phase only. A phase entered again keeps its greatest peak and adds up its seconds. Seconds are wall
+    time of the host; the meter does not wait for work queued on a GPU.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self._probe = _probe(torch.device(device))
+        self.source = self._probe.source
+        self.baseline_bytes = self._probe.now()
+        self.peaks: dict[str, PhasePeak] = {}
+        self._open: list[str] = []
+        self._started = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what runs within as `name`; it is recorded when an exception passes as well."""
+        if self._open:
+            self._record()
+        self._open.append(name)
+        self._start()
+        try:
+            yield
+        finally:
+            self._record()
+            self._open.pop()
+            if self._open:
+                self._start()
+
+    def now_bytes(self) -> int:
+        """Bytes held now above the baseline (not below 0)."""
+        return max(0, self._probe.now() - self.baseline_bytes)
+
+    def peak_so_far_bytes(self) -> int:
+        """Peak above the baseline of the phase that is open, up to now; 0 outside any phase."""
+        if not self._open:
+            return 0
+        recorded = self.peaks.get(self._open[-1])
+        now = max(0, self._probe.peak() - self.baseline_bytes)
+        return max(now, recorded.peak_bytes if recorded else 0)
+
+    def _start(self) -> None:
+        self._probe.start()
+        self._started = time.perf_counter()
+
+    def _record(self) -> None:
+        """Add the stretch since the last `_start` to the innermost open phase."""
+        seconds = time.perf_counter() - self._started
+        total = self._probe.stop()
+        name = self._open[-1]
+        peak = PhasePeak(
+            name=name,
+            seconds=seconds,
+            peak_bytes=max(0, total - self.baseline_bytes),
+            peak_total_bytes=total,
+            baseline_bytes=self.baseline_bytes,
+            source=self.source,
+            **self._probe.details(),
+        )
+        earlier = self.peaks.get(name)
+        if earlier is not None:
+            greater = max(earlier, peak, key=lambda p: p.peak_total_bytes)
+            peak = replace(
+                peak,
+                seconds=earlier.seconds + peak.seconds,
+                peak_bytes=greater.peak_bytes,
+                peak_total_bytes=greater.peak_total_bytes,
+                reserved_bytes=_greater(earlier.reserved_bytes, peak.reserved_bytes),
+            )
+        self.peaks[name] = peak
+
+
+def breakdown(peak_bytes: int, counted: Mapping[str, int]) -> dict[str, int]:
+    """The parts of a peak: what was counted, in its order, then `workspace`, the remainder. They add up to the peak.
+
+    The remainder is everything nobody counted: activations, kernels' buffers, libraries, what the allocator keeps.
+    Where more was counted than was resident (pages never written, or swapped out), `workspace` is 0 and a negative
+    `counted_not_resident` says how much.
+    """
+    for name in (WORKSPACE, NOT_RESIDENT):
+        if name in counted:
+            raise ValueError(f"{name!r} is computed by breakdown() and can't be counted")
+    remainder = peak_bytes - sum(counted.values())
+    parts = {**counted, WORKSPACE: max(0, remainder)}
+    if remainder < 0:
+        parts[NOT_RESIDENT] = remainder
+    return parts
+
+
+def _greater(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else max(a, b)
+
+
+# ---- Where the numbers come from. A probe has: source; now(), bytes held; start(), which forgets the peak so far;
+# peak(), bytes since start(); stop(), the same and no more measuring; details(), further fields of PhasePeak.
+
+
+def _probe(device: torch.device) -> "_CudaAllocator | _HighWaterMark | _SampledHost":
+    """The one place that chooses by device."""
+    if device.type == "cuda":
+        return _CudaAllocator(device)
+    if device.type != "cpu":
+        raise ValueError(f"memory can be measured on cuda and cpu devices, not on {device.type!r}")
+    if not _STATUS.exists():
+        import psutil
+
+        process = psutil.Process()
+        return _SampledHost(lambda: process.memory_info().rss, "resident set size (psutil)", lambda: {})
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    except (
+        OSError
+    ):  # /proc mounted read-only, as some containers have it, or a kernel without CONFIG_PROC_PAGE_MONITOR
+        return _SampledHost(lambda: _host_status()["VmRSS"], f"VmRSS of {_STATUS}", _host_details)
+    return _HighWaterMark()
+
+
+class _CudaAllocator:
+    """Bytes of tensors, as the caching allocator counts them: without the CUDA context and libraries' own memory."""
+
+    source = "cuda max_memory_allocated"
+
+    def __init__(self, device: torch.device):
+        torch.cuda.init()  # resetting the peak before anything used the device would fail
+        self._device = device
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    stop = peak
+
+    def details(self) -> dict[str, int]:
+        return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}
+
+
+class _HighWaterMark:
+    """Resident bytes of this process; the kernel keeps the peak, so no spike is missed, however short.
+
+    Exact to some pages a core: the kernel sums its counters in batches.
+    """
+
+    source = f"VmHWM of {_STATUS}, reset at phase start"
+
+    def now(self) -> int:
+        return _host_status()["VmRSS"]
+
+    def start(self) -> None:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+
+    def peak(self) -> int:
+        return _host_status()["VmHWM"]
+
+    stop = peak
+
+    def details(self) -> dict[str, int]:
+        return _host_details()
+
+
+class _SampledHost:
+    """Resident bytes of this process, sampled by a thread while a phase is open: short spikes can be missed."""
+
+    def __init__(self, read: Callable[[], int], what: str, details: Callable[[], dict[str, int]]):
+        self.source = f"{what}, sampled every {_SAMPLE_SECONDS * 1000:.0f} ms: short spikes are missed"
+        self.now = read
+        self.details = details
+        self._peak = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._peak = self.now()
+        self._done.clear()
+        self._thread = threading.Thread(target=self._sample, name="memory-sampler", daemon=True)
+        self._thread.start()
+
+    def peak(self) -> int:
+        return max(self._peak, self.now())  # only the thread writes _peak: two writers could lose the greater value
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self.peak()
+
+    def _sample(self) -> None:
+        while not self._done.wait(_SAMPLE_SECONDS):
+            self._peak = max(self._peak, self.now())
+
+
+def _host_status() -> dict[str, int]:
+    """The memory lines of /proc/self/status, in bytes."""
+    text = _STATUS.read_text()
+    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
+def _host_details() -> dict[str, int]:
+    status = _host_status()
+    return {"anonymous_bytes_end": status["RssAnon"], "file_bytes_end": status["RssFile"]}
+
+
+class LiveTensors(TorchDispatchMode):
+    """Exact bytes of the tensor storages that operations within `with LiveTensors() as live:` made, and their peak.
+
+    Counts storages, not tensors: views and in-place results add nothing, and what autograd saved counts although no
+    Python object shows it (`gc` can't see it). A storage leaves the count at the moment it is freed, also after the
+    `with` block has ended. Not seen: temporaries inside a kernel; memory that no operation made (numpy, memory-mapped
+    weights); meta tensors. What existed before is not counted.
+
+    Dispatch modes belong to a thread. A CPU graph's backward runs in the thread that called it; for other devices
+    autograd carries the mode over to its own threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By name without name space and overload: "mm", "_local_scalar_dense". Indexing by a boolean mask also counts
+        # as the "nonzero" that its kernel runs out of sight.
+        self.op_counts: Counter[str] = Counter()
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        # Weak references with a callback are exact: a storage's Python object lives as long as its memory does, since
+        # C++ holds it once Python has let go. The object's id is therefore free for reuse only after the callback.
+        self._sizes: dict[int, int] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes live now; sizes are read again, since `storage.resize_` is no operation that a mode sees."""
+        for reference in list(self._storages.values()):
+            self._resize(reference())
+        return self._live_bytes
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before = {id(storage): storage for storage in _storages((args, kwargs))}
+        # torch.tensor() fills its memory out of sight and shows it first as the input of lift_fresh.
+        brings_new = func is torch.ops.aten.lift_fresh.default
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        self.op_counts[name] += 1
+        if name in _INDEXING and any(_is_mask(leaf) for leaf in tree_iter(args[1])):
+            self.op_counts["nonzero"] += 1
+        for storage in before.values():
+            self._resize(storage)
+        for storage in _storages(result):
+            if id(storage) in self._sizes:
+                self._resize(storage)
+            elif brings_new or id(storage) not in before:
+                self._add(storage)
+        if self._live_bytes > self.peak_bytes:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        self._storages[key] = weakref.ref(storage, partial(self._freed, key))
+        self._sizes[key] = storage.nbytes()
+        self._live_bytes += self._sizes[key]
+
+    def _resize(self, storage: torch.UntypedStorage | None) -> None:
+        key = id(storage)
+        if key in self._sizes:
+            self._live_bytes += storage.nbytes() - self._sizes[key]
+            self._sizes[key] = storage.nbytes()
+
+    def _freed(self, key: int, _: weakref.ref) -> None:
+        self._live_bytes -= self._sizes.pop(key)
+        del self._storages[key]
+
+
+def _is_mask(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """The storages with memory behind them of all tensors in `tree`."""
+    found = []
+    for leaf in tree_iter(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.device.type != "meta":
+            found.append(leaf.untyped_storage())
+        elif isinstance(leaf, torch.UntypedStorage):
+            found.append(leaf)
+    return found

@@ -1,0 +1,1 @@
+"""Building a model: shapes on the meta device, weights streamed in, adapters attached, units sharded."""

@@ -1,0 +1,50 @@
+"""Causal attention over concatenated examples, without padding and without a mask.
+
+A batch is one row of whole examples, one behind the other. Each attends within itself, so attention is one causal
+product an example: exact, no [T, T] mask, no work across examples. The lengths are Python integers from the collator,
+so nothing asks the device for them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION = "lorasp_examples"
+
+
+def attend_within_examples(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    example_lengths: tuple[int, ...] = (),
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d]; example_lengths sum to T.
+
+    Raises ValueError for what the causal kernels do not compute: soft-capped logits, or attention sinks.
+    """
+    if softcap is not None or kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} caps its attention logits or uses sinks, which is not supported")
+    lengths = example_lengths or (query.shape[2],)
+    outputs = []
+    for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
+        mask = None
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            mask = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(1 - sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+# Registered as attention only: for an implementation that it has no mask for, transformers makes none.
+AttentionInterface.register(ATTENTION, attend_within_examples)

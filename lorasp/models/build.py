@@ -1,0 +1,278 @@
+"""From a configuration to a sharded model, unit by unit, so that no rank ever holds the whole of it.
+
+Units are the decoder layers (the classes that a model lists as not to be split) and each module outside them with
+parameters of its own: embedding, final norm, head. A rank's peak while loading is its own shard and one unit.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lorasp.adapter import AdaptedLinear, find_targets
+from lorasp.models.attention import ATTENTION
+from lorasp.models.causal_lm import CausalLM
+from lorasp.models.weights import Checkpoint
+from lorasp.quantization import ShardedLinear
+from lorasp.recipe import Quantization, Recipe, RecipeError
+
+# Settings by which some architectures change the logits behind the head's back.
+_UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is filled and sharded at once. name: with the trailing dot, or empty."""
+
+    name: str
+    module: nn.Module
+
+
+def build_on_meta(
+    config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype, attention: str = ATTENTION
+) -> CausalLM:
+    """The model with its linears replaced and adapters attached; every base parameter is on the meta device.
+
+    attention: transformers' name of another implementation, for one that keeps a cache.
+
+    Raises RecipeError if the architecture, or a target module, is not there, or if the checkpoint is quantized in
+    another way than the recipe says.
+    """
+    kept_dense = _check_stored_quantization(config, recipe.quantization)
+    for setting in _UNSUPPORTED_LOGITS:
+        if getattr(config, setting, None) not in (None, 1.0):
+            raise RecipeError(f"model.path: {config.model_type} scales its logits ({setting}), which is not supported")
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)  # how the checkpoint is stored is `fill_and_shard`'s matter
+    try:
+        # Buffers are made for real: rotary frequencies are computed, not loaded.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=recipe.model.trust_remote_code
+            )
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"model.path: {config.model_type} is no causal language model here ({reason})") from None
+    # Registering on meta made a copy of each tied parameter.
+    model.tie_weights()
+    _replace_linears(model, recipe, dtype, kept_dense)
+    model.requires_grad_(recipe.method == "full")
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.A.requires_grad_(True)
+            module.B.requires_grad_(True)
+    # The first layer's input must carry a gradient: a ZeRO-3 leaf whose input has none fails in backward.
+    model.enable_input_require_grads()
+    return CausalLM(model)
+
+
+def units(model: PreTrainedModel) -> Iterator[Unit]:
+    """The model's units in order; together they hold each parameter once."""
+    whole = set(model._no_split_modules or ())
+    layers = [(name, module) for name, module in model.named_modules() if type(module).__name__ in whole]
+    if not layers:
+        raise RecipeError(f"model.path: {type(model).__name__} names no layers that could be sharded one by one")
+    inside = tuple(f"{name}." for name, _ in layers)
+    for name, module in model.named_modules():
+        if any(module is layer for _, layer in layers):
+            yield Unit(f"{name}.", module)
+        elif not name.startswith(inside) and next(module.parameters(recurse=False), None) is not None:
+            yield Unit(f"{name}." if name else "", module)
+
+
+def fill_and_shard(
+    model: CausalLM,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    reads: bool,
+    shard: Callable[[nn.Module], None],
+    broadcast: Callable[[Tensor], None],
+) -> None:
+    """Streams the checkpoint into the model: each unit is read, quantized, moved to `device` and sharded in turn.
+
+    reads: whether this rank reads and quantizes (rank 0); the others allocate the unit's quantized size and receive it
+    in `shard`, and the buffers that stay whole in `broadcast`.
+
+    Raises RecipeError naming the tensors that are missing, unexpected or of another shape, before any is read.
+    """
+    for unit in filled_units(model.model, checkpoint, device=device, reads=reads):
+        for _, buffer in _scale_buffers(unit.module):
+            broadcast(buffer)
+        shard(unit.module)
+
+
+def filled_units(
+    model: PreTrainedModel, checkpoint: Checkpoint, *, device: torch.device, reads: bool = True
+) -> Iterator[Unit]:
+    """The units, each filled as `fill_and_shard` says just before it is given. Raises RecipeError."""
+    _check_names(model, checkpoint)
+    placed: dict[int, nn.Parameter] = {}  # a tied parameter is filled once and shared again
+    for unit in units(model):
+        tensors = checkpoint.read(stored_names(unit, checkpoint)) if reads else {}
+        for prefix, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
+            _fill(module, f"{prefix}." if prefix else "", tensors, placed, device, reads)
+        del tensors
+        yield unit
+
+
+def _fill(
+    module: nn.Module,
+    prefix: str,
+    tensors: dict[str, Tensor],
+    placed: dict[int, nn.Parameter],
+    device: torch.device,
+    reads: bool,
+) -> None:
+    if isinstance(module, ShardedLinear):
+        if reads:
+            _load_linear(module, prefix, tensors, device)
+        else:
+            module.allocate(device)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta:
+            if id(parameter) not in placed:
+                stored = tensors[f"{prefix}{name}"] if reads else torch.empty(parameter.shape)
+                value = stored.to(device=device, dtype=parameter.dtype, copy=True)
+                placed[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[name] = placed[id(parameter)]
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        module._buffers[name] = buffer.to(device)
+
+
+def _load_linear(module: ShardedLinear, prefix: str, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Copies, so that nothing keeps the file's mapping alive."""
+    bias = tensors.get(f"{prefix}bias")
+    if bias is not None:
+        bias = bias.to(device=device, dtype=module.dtype, copy=True)
+    if _is_packed(module, prefix, tensors):
+        packed = {name: tensors[f"{prefix}{name}"].to(device=device, copy=True) for name in module.packed_shapes()}
+        try:
+            module.load_packed(packed, bias)
+        except ValueError as error:
+            raise RecipeError(f"model.path: {prefix}weight is stored {error}") from None
+        return
+    # Quantized from the compute precision, as the stock path does: the same codes.
+    module.load(tensors[f"{prefix}weight"].to(device=device, dtype=module.dtype, copy=True), bias)
+
+
+def _is_packed(module: ShardedLinear, prefix: str, names: Container[str]) -> bool:
+    """Whether the checkpoint holds this linear's weight in bitsandbytes' 4-bit layout."""
+    return module.quantization.format != "none" and f"{prefix}weight.absmax" in names
+
+
+def _scale_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for linear in module.modules():
+        if isinstance(linear, ShardedLinear):
+            yield from ((name, tensor) for name, tensor in linear.base_tensors() if name.startswith("scale_"))
+
+
+def _check_stored_quantization(config: PreTrainedConfig, ours: Quantization) -> list[str]:
+    """Patterns of the linears that a 4-bit checkpoint keeps dense; none for a checkpoint that is not quantized.
+
+    Raises RecipeError unless the checkpoint is dense or in the 4-bit format that the recipe asks for.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return []
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if not stored.get("load_in_4bit"):
+        raise RecipeError(
+            f"model.path: this checkpoint is quantized already ({stored.get('quant_method', 'unknown method')}), and "
+            f"of such only bitsandbytes' 4-bit ones are read; give the unquantized model"
+        )
+    # What is not written has bitsandbytes' default.
+    format, double_quant = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))
+    if (format, double_quant) != (ours.format, ours.double_quant):
+        raise RecipeError(
+            f"quantization: the weights of model.path are in {format} already, with{'' if double_quant else 'out'} "
+            f"double quantization, which is not what the recipe asks for; set quantization.format={format} "
+            f"quantization.double_quant={str(double_quant).lower()}, or give the unquantized model"
+        )
+    if stored.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        raise RecipeError("model.path: this checkpoint packs its codes in another type than uint8; save it with uint8")
+    return stored.get("llm_int8_skip_modules") or []
+
+
+def _replace_linears(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, kept_dense: list[str]) -> None:
+    head = model.get_output_embeddings()
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
+    targets = set() if recipe.method == "full" else find_targets(linears, recipe.adapter.target_modules)
+    for name, linear in linears.items():
+        quantized = should_convert_module(name, kept_dense)
+        quantization = recipe.quantization if quantized else Quantization(format="none")
+        common = {"bias": linear.bias is not None, "quantization": quantization, "dtype": dtype}
+        if name in targets:
+            new = AdaptedLinear(
+                name,
+                linear.in_features,
+                linear.out_features,
+                **common,
+                adapter=recipe.adapter,
+                strategy=recipe.selection.strategy,
+                fraction=recipe.effective_fraction,
+                seed=recipe.seed,
+            )
+        else:
+            new = ShardedLinear(linear.in_features, linear.out_features, **common, trained=recipe.method == "full")
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+
+
+def stored_names(unit: Unit, checkpoint: Checkpoint) -> list[str]:
+    """Names of the checkpoint's tensors that the unit's base is made of."""
+    return [name for name in _stored_shapes(unit, checkpoint) if name in checkpoint.names()]
+
+
+def _stored_shapes(unit: Unit, checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
+    """Names under which the checkpoint stores the unit's base, and their shapes; None where any will do."""
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for prefix, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(module, ShardedLinear):
+            if _is_packed(module, dot, checkpoint.names()):
+                shapes |= {f"{dot}{name}": shape for name, shape in module.packed_shapes().items()}
+            else:
+                shapes[f"{dot}weight"] = (module.out_features, module.in_features)
+            if module.bias is not None:
+                shapes[f"{dot}bias"] = (module.out_features,)
+        else:
+            shapes |= {f"{dot}{name}": tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    return shapes
+
+
+def _check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    expected: dict[str, tuple[int, ...] | None] = {}
+    for unit in units(model):
+        expected |= _stored_shapes(unit, checkpoint)
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    missing = sorted(set(expected) - checkpoint.names() - tied)
+    ignorable = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    unexpected = sorted(
+        name
+        for name in checkpoint.names() - set(expected)
+        if not any(re.search(pattern, name) for pattern in ignorable)
+    )
+    wrong = [
+        f"{name} is {list(checkpoint.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in checkpoint.names() and shape is not None and checkpoint.shape(name) != shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise RecipeError(
+            f"model.path: {checkpoint.directory} does not fit {type(model).__name__}: tensors {'; '.join(problems)}"
+        )

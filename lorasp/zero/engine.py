@@ -1,0 +1,152 @@
+"""The engine: the loss of a micro batch in, an optimizer step out; and the sharded state that it keeps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from lorasp.recipe import Training
+from lorasp.zero.launch import PREFETCH, Ranks
+from lorasp.zero.sharding import largest_unit_numel
+
+_BUCKET_ELEMENTS = 16_000_000  # elements a rank, of one gather when trained values are read
+
+
+class Engine:
+    """DeepSpeed's ZeRO-3 engine around a sharded model.
+
+    The optimizer is torch's AdamW over each rank's flat vector of trained entries: fp32 master, two moments.
+    """
+
+    def __init__(self, ranks: Ranks, model: nn.Module, training: Training) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # One group, no "no decay for 1-D parameters" rule: every compact adapter is 1-D.
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=training.learning_rate,
+            betas=training.betas,
+            eps=training.eps,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        zero = ranks.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if zero.get(PREFETCH) == "auto":
+            zero[PREFETCH] = largest_unit_numel(model)
+        self._accelerator = ranks.accelerator
+        self._world_size = ranks.world_size
+        self._engine, _ = ranks.accelerator.prepare(model, optimizer)
+        self.model = model
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._groups = [[(names[id(parameter)], parameter) for parameter in group] for group in self._zero.fp16_groups]
+
+    @property
+    def _zero(self):
+        return self._engine.optimizer
+
+    def __call__(self, **inputs):
+        """The model's forward, with ZeRO-3's gathers."""
+        return self._engine(**inputs)
+
+    def train_mode(self, training: bool) -> None:
+        self._engine.train(training)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of `loss`; with `last`, reduces over ranks, clips and steps the optimizer.
+
+        DeepSpeed divides by the accumulation steps and averages over the ranks.
+        """
+        self._accelerator.gradient_state._set_sync_gradients(last)
+        self._accelerator.backward(loss)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+
+    @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Steps within leave weights, moments and counters as they were before the first step of all, to the bit.
+
+        At a learning rate of 0 AdamW adds 0 to every weight (and decays by 0); its moments and its step count are set
+        back to the zeros that a first step starts from.
+        """
+        counters = {name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "micro_steps")}
+        self.set_learning_rate(0.0)
+        yield
+        for state in self._zero.optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    tensor.zero_()
+        for name, value in counters.items():
+            setattr(self._engine, name, value)
+
+    def step_applied(self) -> bool:
+        """Whether the last step changed the weights: DeepSpeed leaves out one whose gradient is NaN or infinite.
+
+        Known on the host, and the same on all ranks: DeepSpeed itself reads the norm once a step.
+        """
+        return self._engine.was_step_applied()
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole gradient at the last step, before clipping, fp32 scalar."""
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    # `fp32_partitioned_groups_flat[g]` is this rank's part of group g: each parameter's shard of
+    # `partition_numel()` elements, padded at the end of the last rank, one after the other.
+
+    def trained_values(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 values on the CPU in the parameter's shape) of every trained parameter, from the masters.
+
+        Collective: every rank must exhaust it. Gathers a bucket of parameters at a time.
+        """
+        for flat, group in zip(self._zero.fp32_partitioned_groups_flat, self._groups, strict=True):
+            start, bucket = 0, []
+            for name, parameter in group:
+                bucket.append((name, parameter))
+                length = sum(p.partition_numel() for _, p in bucket)
+                if length >= _BUCKET_ELEMENTS or parameter is group[-1][1]:
+                    part = flat[start : start + length].detach()
+                    whole = part.new_empty(self._world_size * length)
+                    dist.all_gather_into_tensor(whole, part)
+                    yield from _cut(whole.view(self._world_size, length).cpu(), bucket)
+                    start, bucket = start + length, []
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes that this rank's optimizer holds: fp32 masters and every tensor of AdamW's state, as allocated."""
+        return sum(_bytes(flat) for flat in self._zero.fp32_partitioned_groups_flat) + sum(
+            _bytes(tensor)
+            for state in self._zero.optimizer.state.values()
+            for tensor in state.values()
+            if isinstance(tensor, Tensor)
+        )
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(`master`, `exp_avg` or `exp_avg_sq`; this rank's tensor), for counts and dtypes."""
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            yield "master", flat
+            for name, tensor in self._zero.optimizer.state[flat].items():
+                if name != "step":
+                    yield name, tensor
+
+    def gradient_bytes(self) -> int:
+        """Bytes of this rank's gradient shards and of the bucket in which they are reduced."""
+        held = _bytes(self._zero.grad_partitions_flat_buffer)
+        for buckets in getattr(self._zero, "ipg_buckets", {}).values():
+            if buckets.buffer is not None:
+                held += _bytes(buckets.buffer)
+        return held
+
+
+def _cut(whole: Tensor, bucket: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """`whole` [ranks, elements of the bucket on a rank] into the bucket's parameters, without the padding."""
+    offset = 0
+    for name, parameter in bucket:
+        length = parameter.partition_numel()
+        values = whole[:, offset : offset + length].reshape(-1)[: parameter.ds_numel]
+        yield name, values.view(parameter.ds_shape)
+        offset += length
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

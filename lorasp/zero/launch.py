@@ -1,0 +1,150 @@
+"""From a recipe and the launcher's environment to ranks that agree on what they are."""
+
+import json
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from lorasp.hashing import stream_key
+from lorasp.recipe import Recipe, RecipeError
+
+# What an Accelerate default config (~/.cache/huggingface/accelerate) may hold that a recipe decides; the launcher
+# hands it on as variables, which DeepSpeedPlugin would read. RANK, WORLD_SIZE and the like are not among them.
+_LAUNCHER_SETTINGS = "ACCELERATE_"
+
+# How many elements are gathered ahead of use, and so also kept between forward and backward. "auto": the largest
+# unit's. DeepSpeed counts elements as stored, packed codes among them: its default is the whole of a small model.
+PREFETCH = "stage3_prefetch_bucket_size"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among the ranks, and the Accelerator that binds them.
+
+    overruled: settings of the launcher's environment that the recipe overruled, as `NAME=value`.
+    """
+
+    accelerator: Any
+    overruled: list[str]
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
+    """Joins the process group and builds the Accelerator with DeepSpeed's plugin from the recipe.
+
+    Works under `accelerate launch` with or without flags, under torchrun, and as a plain `python launch/train.py`. One
+    process without a launcher becomes rank 0 of 1.
+
+    Raises RecipeError when the batch does not fit the world size, or a launcher's processes do not form one world.
+    """
+    overruled = _take_over_environment()
+    recipe.accumulation(int(os.environ["WORLD_SIZE"]))  # refuse a batch that does not fit before anything is started
+    _quiet_libraries()
+
+    # Imported here: deepspeed reads the environment at import.
+    import deepspeed
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # Its shared-memory collectives are compiled with g++ at first use, leave a lock behind when killed, and serve
+    # all_reduce only; gloo does that too.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    cuda = torch.cuda.is_available()
+    config = deepspeed_config(recipe, dtype, int(os.environ["WORLD_SIZE"]))
+    accelerator = Accelerator(
+        # The plugin and the backend are given here because the user's launch command need not name them. Without the
+        # backend, and without a GPU, each process would take itself for rank 0 of 1 while DeepSpeed shards over all.
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="nccl" if cuda else "gloo",
+                timeout=timedelta(seconds=recipe.deepspeed.collective_timeout_seconds),
+            )
+        ],
+    )
+    # A live HfDeepSpeedConfig would make transformers initialise the ZeRO-3 way, which fails on the meta device.
+    unset_hf_deepspeed_config()
+    ranks = Ranks(accelerator, overruled)
+    launched = int(os.environ["WORLD_SIZE"])
+    if not dist.get_world_size() == ranks.world_size == launched:
+        raise RecipeError(
+            f"the launcher started {launched} processes, torch.distributed counts {dist.get_world_size()} and "
+            f"Accelerate {ranks.world_size}: launch with `accelerate launch` or `torchrun`"
+        )
+    # Dropout alone draws from torch's generator: other numbers on each rank, the same in each run.
+    torch.manual_seed(stream_key(recipe.seed, "rank", ranks.rank))
+    return ranks
+
+
+def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+    """The JSON of `ds_configs/` with what the recipe decides filled in."""
+    config = json.loads(Path(recipe.deepspeed.config).read_text())
+    config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
+    config["gradient_accumulation_steps"] = recipe.accumulation(world_size)
+    config["gradient_clipping"] = recipe.training.max_grad_norm
+    config["bf16"] = {"enabled": dtype == torch.bfloat16}
+    # Adapters are tiny: bf16 sums of their gradients lose bits and save nothing.
+    config["communication_data_type"] = "fp32"
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
+    # Otherwise zero.Init replaces torch.nn.functional.linear for the whole process.
+    config["zero_optimization"]["memory_efficient_linear"] = False
+    config["steps_per_print"] = 2**31 - 1
+    return config
+
+
+def stop_ranks(ranks: Ranks) -> None:
+    """Leaves the process group in step with the other ranks."""
+    ranks.accelerator.wait_for_everyone()
+    ranks.accelerator.end_training()  # destroys the process group
+
+
+def _take_over_environment() -> list[str]:
+    """Drops Accelerate's variables, returns those that set something, and completes a lone process's rendezvous."""
+    unset = {"", "no", "none", "None", "false", "False", "NO", "auto", "default"}
+    agreed = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS_FIELDS"}  # the latter lists the names of the others
+    overruled = []
+    for name in sorted(name for name in os.environ if name.startswith(_LAUNCHER_SETTINGS)):
+        value = os.environ.pop(name)
+        if value not in unset and name not in agreed:
+            overruled.append(f"{name}={value}")
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return overruled
+
+
+def _quiet_libraries() -> None:
+    """Only rank 0 talks, and what it says is ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("deepspeed", "DeepSpeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,307 @@
+"""The whole run, from a recipe to a report, by every command that starts it."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.commands import Done, accelerate, accelerate_on_two, free_port, python, run, torchrun_on_two
+from tests.tiny_models import BOS, EOS
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+RANK = 4
+
+# What `accelerate config` writes for another of the user's projects.
+HOSTILE = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: DEEPSPEED
+deepspeed_config:
+  deepspeed_multinode_launcher: standard
+  zero_stage: 2
+  gradient_accumulation_steps: 4
+  gradient_clipping: 0.01
+  offload_optimizer_device: cpu
+  offload_param_device: none
+  zero3_init_flag: true
+mixed_precision: bf16
+machine_rank: 0
+main_training_function: main
+main_process_port: {port}
+num_machines: 1
+num_processes: 2
+same_network: true
+use_cpu: false
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A launch that ended well, and what it left."""
+
+    done: Done
+    directory: Path
+
+    @property
+    def report(self) -> dict:
+        return json.loads((self.directory / "report.json").read_text())
+
+    @property
+    def losses(self) -> list[float]:
+        return [point["loss"] for point in self.report["history"]]
+
+
+@pytest.fixture(scope="session")
+def launch_run(place, home):
+    """Launches the tiny recipe under a name and gives the `Run`."""
+
+    def launch_one(command, name: str, *overrides: str, home: Path = home) -> Run:
+        done = run(command(str(place / "tiny.yaml"), f"name={name}", *overrides), home)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return Run(done, place / "runs" / name)
+
+    return launch_one
+
+
+@pytest.fixture(scope="session")
+def plain(launch_run):
+    """One process without a launcher, evaluating and saving midway as well."""
+    return launch_run(python, "plain", "training.evaluate_every=2", "training.save_every=2")
+
+
+@pytest.fixture(scope="session")
+def two(launch_run):
+    return launch_run(accelerate_on_two, "two")
+
+
+@pytest.fixture(scope="session")
+def hostile(launch_run, tmp_path_factory):
+    home = tmp_path_factory.mktemp("hostile")
+    config = home / ".cache" / "huggingface" / "accelerate" / "default_config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(HOSTILE.format(port=free_port()))
+    return launch_run(accelerate, "hostile", home=home)
+
+
+@pytest.fixture(scope="session")
+def runs(launch_run, plain, two, hostile):
+    """The same recipe by every way of starting it: name -> (the run, its ranks)."""
+    return {
+        "python": (plain, 1),
+        "accelerate without flags": (launch_run(accelerate, "flagless"), 1),
+        "accelerate on 2": (two, 2),
+        "torchrun on 2": (launch_run(torchrun_on_two, "torchrun"), 2),
+        "accelerate with a hostile config": (hostile, 2),
+    }
+
+
+def test_every_way_of_launching_gives_the_same_run(runs, plain):
+    """The losses of all steps and the held-out losses, to 1e-5, on one rank and on two."""
+    assert len(plain.losses) == STEPS and plain.losses[-1] < plain.losses[0]
+    for name, (found, ranks) in runs.items():
+        report = found.report
+        assert (report["status"], report["world_size"]) == ("finished", ranks), name
+        assert found.losses == pytest.approx(plain.losses, rel=1e-5), name
+        for metric in ("held_out_loss_before", "held_out_loss_after"):
+            assert report["metrics"][metric] == pytest.approx(plain.report["metrics"][metric], rel=1e-5), name
+        assert report["metrics"]["held_out_loss_after"] < report["metrics"]["held_out_loss_before"]
+
+
+def test_what_a_hostile_accelerate_config_wants_is_overruled_and_told(hostile, runs):
+    told = [line for line in hostile.done.stdout.splitlines() if "overrules" in line]
+    for setting in (
+        "ACCELERATE_MIXED_PRECISION=bf16",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE=2",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
+        "ACCELERATE_GRADIENT_CLIPPING=0.01",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=cpu",
+    ):
+        assert sum(setting in line for line in told) == 1, setting
+    # Sharded all the same: with the config's stage 2, each rank would hold the whole base.
+    whole = breakdowns(runs["python"][0], "train")[0]["base_shard"]
+    for held in breakdowns(hostile, "train"):
+        assert held["base_shard"] < 0.51 * whole
+    assert "overrules" not in runs["python"][0].done.stdout
+
+
+def breakdowns(found: Run, phase: str) -> list[dict[str, int]]:
+    return [rank["breakdown"] for rank in found.report["phases"][phase]["ranks"]]
+
+
+def test_the_report_has_the_peaks_of_every_rank_by_phase_and_part(runs):
+    for name, (found, ranks) in runs.items():
+        phases = found.report["phases"]
+        for phase in ("load", "train", "evaluate"):
+            assert phases[phase]["seconds"] > 0
+            assert [rank["rank"] for rank in phases[phase]["ranks"]] == list(range(ranks)), name
+            for rank in phases[phase]["ranks"]:
+                assert rank["source"]
+                assert rank["baseline_bytes"] > 0 and rank["peak_bytes"] > 0
+                parts = dict(rank["breakdown"])
+                assert {"base_shard", "adapters", "gradients", "optimizer", "workspace"} <= set(parts)
+                assert parts["base_shard"] > 0 and parts["adapters"] > 0
+                assert sum(parts.values()) == rank["peak_bytes"]
+        for held in breakdowns(found, "train"):
+            assert held["optimizer"] > 0 and held["gradients"] > 0
+        assert all(str(rank) in found.done.stdout for rank in range(ranks))
+
+
+def test_two_ranks_share_the_base_and_the_optimizer_state(runs, plain, place):
+    """Of n elements each of two ranks holds ⌈n/2⌉: at most one of padding a tensor, of which there are under 100."""
+    whole = breakdowns(plain, "train")[0]
+    for name in ("accelerate on 2", "torchrun on 2"):
+        for held in breakdowns(runs[name][0], "train"):
+            for part in ("base_shard", "adapters"):
+                assert whole[part] / 2 <= held[part] <= whole[part] / 2 + 4 * 100
+    base = load_file(place / "model" / "model.safetensors")
+    linears = {name: weight for name, weight in base.items() if "_proj" in name}
+    adapter = sum(RANK * sum(weight.shape) for weight in linears.values())
+    for found, ranks in runs.values():
+        counts = found.report["parameters"]
+        assert counts["total"] == sum(weight.numel() for weight in base.values()) + adapter
+        assert (counts["adapter"], 2 * counts["trained"]) == (adapter, adapter)
+        # Master and two moments in fp32, AdamW's own step counter a rank; padding as above.
+        optimizer = counts["optimizer_state_bytes"] - 4 * ranks
+        assert 12 * counts["trained"] <= optimizer <= 12 * (counts["trained"] + (ranks - 1) * 2 * len(linears))
+
+
+def test_the_report_is_resolved_and_counts_what_was_left_out(plain, place):
+    report = plain.report
+    assert report["recipe"]["adapter"]["rank"] == RANK and report["recipe"]["training"]["warmup_ratio"] == 0.03
+    assert report["recipe"]["training"]["save_every"] == 2  # from the command line
+    assert report["recipe"]["model"]["path"] == str(place / "model")
+    assert {"torch", "transformers", "accelerate", "deepspeed"} <= set(report["versions"])
+    assert report["throughput"]["real_tokens_per_second"] > 0 and report["throughput"]["step_seconds_median"] > 0
+    assert (report["data"]["train"]["rows"], report["data"]["train"]["dropped_empty"]) == (38, 2)
+    assert f"train: 38 rows of {place / 'train.json'} (alpaca); 2 with an empty output dropped" in plain.done.stdout
+    for sample in report["samples"]:
+        assert set(sample) == {"prompt", "expected", "before", "after"}
+    assert (plain.directory / "report.md").read_text().startswith("# plain: ")
+
+
+@pytest.mark.parametrize("name", ["python", "torchrun on 2"])
+def test_tensorboard_has_every_documented_curve_and_each_ranks_memory(name, runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found, ranks = runs[name]
+    events = EventAccumulator(str(found.directory / "tensorboard")).Reload()
+    training = {
+        "train/loss",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "throughput/real_tokens_per_second",
+        "throughput/computed_tokens_per_second",
+        "throughput/step_seconds",
+        "memory/highest_peak_gib",
+        *(f"memory/rank_{rank}_{what}_gib" for rank in range(ranks) for what in ("peak", "now")),
+    }
+    evaluation = {"evaluate/held_out_loss", "evaluate/exact_match"}
+    assert set(events.Tags()["scalars"]) == training | evaluation
+    for tag in training:
+        assert [event.step for event in events.Scalars(tag)] == list(range(1, STEPS + 1)), tag
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(found.losses, rel=1e-6)
+    assert all(event.value > 0 for rank in range(ranks) for event in events.Scalars(f"memory/rank_{rank}_peak_gib"))
+    scored = [0, 2, STEPS] if name == "python" else [0, STEPS]  # the plain run evaluates midway as well
+    for tag in evaluation:
+        assert [event.step for event in events.Scalars(tag)] == scored
+
+
+def test_the_adapter_reads_back_where_its_run_ended(launch_run, two):
+    """An adapter of two ranks, read by one, with a seed that would draw another S."""
+    adapter = two.directory / "adapter"
+    again = launch_run(
+        python, "again", f"adapter.init_from={adapter}", "training.max_steps=1", "evaluation.samples=0", "seed=7"
+    )
+    assert again.report["metrics"]["held_out_loss_before"] == pytest.approx(
+        two.report["metrics"]["held_out_loss_after"], rel=1e-6
+    )
+    infos = []
+    for directory in (two.directory, again.directory):
+        with safe_open(directory / "adapter" / "adapter.safetensors", framework="pt") as file:
+            infos.append(json.loads(file.metadata()["lorasp"]))
+    assert (infos[0]["step"], infos[1]["step"]) == (STEPS, STEPS + 1)
+    # S travelled with the adapter: what the new one says of it is still true.
+    assert all(infos[0][key] == infos[1][key] for key in ("seed", "selection_digest", "base_digest"))
+
+
+def test_overwrite_replaces_an_earlier_run_and_may_start_from_its_adapter(launch_run, place):
+    first = launch_run(python, "same", "training.max_steps=1", "evaluation.samples=0")
+    events = set((first.directory / "tensorboard").iterdir())
+    ended = first.report["metrics"]["held_out_loss_after"]
+    (first.directory / "notes.txt").write_text("the user's own")
+    adapter = first.directory / "adapter"
+    second = launch_run(
+        python,
+        "same",
+        "overwrite=true",
+        f"adapter.init_from={adapter}",
+        "training.max_steps=1",
+        "evaluation.samples=0",
+    )
+    assert second.report["metrics"]["held_out_loss_before"] == pytest.approx(ended, rel=1e-6)
+    assert events.isdisjoint((second.directory / "tensorboard").iterdir())
+    assert (second.directory / "notes.txt").read_text() == "the user's own"
+
+
+def test_lora_trains_all_of_the_adapter(launch_run, plain):
+    lora = launch_run(accelerate_on_two, "lora", "method=lora", "training.max_steps=2", "evaluation.samples=0")
+    counts = lora.report["parameters"]
+    assert counts["trained"] == counts["adapter"] == 2 * plain.report["parameters"]["trained"]
+    assert (lora.directory / "adapter" / "adapter.safetensors").is_file()
+    # The same batch before anything was trained: B is zero, and so the model the same.
+    assert lora.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)
+
+
+def test_full_fine_tuning_saves_a_model_that_plain_transformers_scores_alike(launch_run, place):
+    full = launch_run(
+        accelerate_on_two, "full", "method=full", "adapter=null", "training.max_steps=3", "evaluation.samples=0"
+    )
+    assert not (full.directory / "adapter").exists()
+    counts = full.report["parameters"]
+    base = load_file(place / "model" / "model.safetensors")
+    assert counts["trained"] == counts["total"] == sum(weight.numel() for weight in base.values())
+
+    model = AutoModelForCausalLM.from_pretrained(full.directory / "model", dtype=torch.float32).eval()
+    state = model.state_dict()
+    unchanged = [name for name, weight in base.items() if torch.equal(state[name], weight)]
+    assert unchanged == []
+    rows = json.loads((place / "held_out.json").read_text())
+    assert full.report["metrics"]["held_out_loss_after"] == pytest.approx(mean_response_loss(model, rows), rel=1e-4)
+    untrained = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32).eval()
+    before = full.report["metrics"]["held_out_loss_before"]
+    assert before == pytest.approx(mean_response_loss(untrained, rows), rel=1e-4)
+    assert before - full.report["metrics"]["held_out_loss_after"] > 0.01
+
+
+@torch.no_grad()
+def mean_response_loss(model, rows: list[dict[str, str]]) -> float:
+    """Cross entropy of a response token, nats: a byte is a token, the "short" template, an example at a time."""
+    total, count = 0.0, 0
+    for row in rows:
+        middle = f"\n{row['input']}" if row["input"] else ""
+        prompt = f"{row['instruction']}{middle}\n### Response:\n".encode()
+        ids = torch.tensor([[BOS, *byte_tokens(prompt), *byte_tokens(row["output"].encode()), EOS]])
+        labels = ids.clone()
+        labels[:, : 1 + len(prompt)] = -100
+        answered = ids.shape[1] - 1 - len(prompt)
+        total += model(input_ids=ids, labels=labels).loss.item() * answered
+        count += answered
+    assert math.isfinite(total)
+    return total / count
+
+
+def byte_tokens(text: bytes) -> list[int]:
+    """The tiny tokenizer's alphabet is the sorted one of byte-level BPE: printable bytes stand for themselves."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = {byte: chr(byte) for byte in range(ord("!"), ord("~") + 1)} | {ord(" "): "Ġ", ord("\n"): "Ċ"}
+    return [alphabet.index(symbols[byte]) for byte in text]

@@ -1,0 +1,277 @@
+"""What the sharded trainer computes, against plain PyTorch on one process, and what each rank holds of it.
+
+Each fixture is one real `accelerate launch` that runs a set of jobs; the tests read what its ranks wrote.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+
+from lorasp.recipe import Recipe
+from tests.distributed.launching import ROOT, run_jobs
+from tests.reference import reference_run
+from tests.tiny_models import BOS, EOS, save_model
+
+pytestmark = pytest.mark.slow
+
+STEPS = 10
+GLOBAL_BATCH = 8
+
+
+def ragged_examples():
+    """75 examples of 4 to 40 tokens with 0 to 20 labels; 10 steps of 8 rows, the last of 3, as 75 rows once are."""
+    numbers = random.Random(0)
+    examples = []
+    for index in range(75):
+        prompt = numbers.randint(3, 20)
+        labels = 0 if index % 9 == 0 else 1 if index % 4 == 0 else numbers.randint(1, 20)
+        ids = [BOS, *(numbers.randrange(256) for _ in range(prompt + labels - 1))]
+        examples.append(([*ids[:-1], EOS] if labels else ids, prompt))
+    return examples
+
+
+EXAMPLES = ragged_examples()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_model(kind, root / kind) for kind in ("llama", "llama_tied", "qwen2", "mistral")}
+
+
+@pytest.fixture(scope="session")
+def no_prefetch(tmp_path_factory):
+    """The shipped DeepSpeed config without gathers ahead of use, which a tiny model would fit into whole."""
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+    path = tmp_path_factory.mktemp("ds") / "no_prefetch.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def recipe(directory, *, micro, steps=STEPS, ds_config=None, **changes):
+    tree = {
+        "model": {"path": str(directory)},
+        "data": {"train": "unused"},
+        "training": {
+            "epochs": 1.0,
+            "max_steps": steps,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": micro,
+            "learning_rate": 1e-2,
+            # Adam divides by the gradient's own size: where that is rounding noise, a small eps would train noise.
+            "eps": 1e-5,
+            "max_grad_norm": 0.5,
+            "activation_checkpointing": "none",
+        },
+    }
+    if changes.get("method") != "full":
+        tree["adapter"] = {"rank": 8}
+    if ds_config:
+        tree["deepspeed"] = {"config": ds_config}
+    for section, values in changes.items():
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
+    return tree
+
+
+def job(directory, **options):
+    flags = {name: options.pop(name) for name in ("gradients", "live", "count_operations") if name in options}
+    return {"recipe": recipe(directory, **options), "examples": EXAMPLES, **flags}
+
+
+FAMILIES = {
+    "nf4": ("llama", {}),
+    "tied": ("llama_tied", {}),
+    "qwen2": ("qwen2", {}),
+    "mistral": ("mistral", {}),
+    "fp4_single": ("llama", {"quantization": {"format": "fp4", "double_quant": False}}),
+    "unquantized": ("llama", {"quantization": {"format": "none"}}),
+    "uniform": ("llama", {"selection": {"strategy": "uniform"}, "training": {"activation_checkpointing": "layer"}}),
+    "init": ("llama", {"adapter": {"rank": 3, "alpha": 4.0, "frozen_entries": "init", "rslora": True}}),
+    "quarter": ("llama", {"selection": {"fraction": 0.25}, "adapter": {"rank": 1, "target_modules": ["q_proj"]}}),
+    "full": ("llama", {"method": "full", "training": {"learning_rate": 1e-3}}),
+    "full_tied": ("llama_tied", {"method": "full", "training": {"learning_rate": 1e-3}}),
+}
+
+
+@pytest.fixture(scope="session")
+def two_ranks(models, no_prefetch, tmp_path_factory):
+    jobs = {name: job(models[kind], micro=4, gradients=True, **changes) for name, (kind, changes) in FAMILIES.items()}
+    jobs["memory"] = job(models["llama"], micro=4, steps=3, ds_config=no_prefetch, live=True, count_operations=True)
+    jobs["memory_layer"] = job(
+        models["llama"],
+        micro=4,
+        steps=3,
+        ds_config=no_prefetch,
+        live=True,
+        training={"activation_checkpointing": "layer"},
+    )
+    jobs["lora"] = job(models["llama"], micro=4, steps=2, method="lora")
+    jobs["half_rank"] = job(models["llama"], micro=4, steps=2, method="lora", adapter={"rank": 4})
+    return run_jobs(2, jobs, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="session")
+def one_rank(models, tmp_path_factory):
+    jobs = {
+        "twice_the_batch": job(models["llama"], micro=8, gradients=True),
+        "accumulation": job(models["llama"], micro=4, gradients=True),
+        "more_accumulation": job(models["llama"], micro=2),
+        "full_accumulation": job(models["llama"], micro=4, method="full", training={"learning_rate": 1e-3}),
+    }
+    return run_jobs(1, jobs, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def four_ranks(models, tmp_path_factory):
+    jobs = {"nf4": job(models["llama"], micro=1), "lora": job(models["llama"], micro=1, steps=2, method="lora")}
+    return run_jobs(4, jobs, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="session")
+def bf16(models, no_prefetch, tmp_path_factory):
+    jobs = {
+        name: job(
+            models["llama"],
+            micro=4,
+            ds_config=no_prefetch,
+            live=True,
+            model={"dtype": "bfloat16"},
+            training={"activation_checkpointing": checkpointing},
+        )
+        for name, checkpointing in (("none", "none"), ("layer", "layer"))
+    }
+    return run_jobs(2, jobs, tmp_path_factory.mktemp("bf16"))
+
+
+def assert_close(ours, reference, tolerance=1e-5):
+    for a, b in zip(ours, reference, strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_sharded_ranks_equal_plain_pytorch_on_one_process(name, two_ranks, models):
+    """Losses and gradient norms of 10 steps, and every gradient of the first, to 1e-5; the weights in the end.
+
+    The reference reads the same checkpoint, quantizes and dequantizes with bitsandbytes, pads, and keeps A and B dense
+    under their masks.
+    """
+    kind, changes = FAMILIES[name]
+    ranks = two_ranks[name]
+    batches = [sum((rank["rows"][step] for rank in ranks), []) for step in range(STEPS)]
+    settings = Recipe(**recipe(models[kind], micro=4, **changes))
+    reference = reference_run(models[kind], settings, EXAMPLES, batches)
+    for rank in ranks:
+        assert_close(rank["losses"], reference["losses"])
+        assert_close(rank["norms"], reference["norms"])
+    masks = reference["masks"]
+    for what, tolerance in (("gradients", 1e-5), ("values", 1e-4)):
+        for key, dense in reference[what].items():
+            expected = dense[masks[key]] if key in masks else dense.flatten()
+            ours = torch.tensor(ranks[0][what][f"model.{key}"])
+            error = (ours - expected).norm() / expected.norm().clamp(min=1e-6)
+            assert error < tolerance, f"{what} of {key}: {error:.2e}"
+            if key in masks:
+                assert torch.all(dense[~masks[key]] == 0)
+
+
+def test_ranks_and_accumulation_do_not_change_the_run(two_ranks, one_rank, four_ranks):
+    """2 ranks × 4, 1 rank × 8, 1 rank × 4 twice, 1 × 2 four times, 4 ranks × 1 twice: losses, norms, last values."""
+    base = two_ranks["nf4"][0]
+    others = [one_rank[name][0] for name in ("twice_the_batch", "accumulation", "more_accumulation")]
+    for other in [*others, four_ranks["nf4"][0]]:
+        assert_close(other["losses"], base["losses"])
+        assert_close(other["norms"], base["norms"])
+        for name, values in base["values"].items():
+            torch.testing.assert_close(torch.tensor(other["values"][name]), torch.tensor(values), rtol=1e-4, atol=1e-6)
+    for name in ("twice_the_batch", "accumulation"):
+        for key, gradient in base["gradients"].items():
+            ours, theirs = torch.tensor(one_rank[name][0]["gradients"][key]), torch.tensor(gradient)
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert_close(one_rank["full_accumulation"][0]["losses"], two_ranks["full"][0]["losses"])
+
+
+def test_the_batches_were_ragged_and_a_rank_had_no_label(two_ranks, four_ranks):
+    counts = [sum(labels) for rank in four_ranks["nf4"] for labels in rank["labels"]]
+    assert min(counts) == 0 < max(counts)
+    for ranks in (two_ranks["nf4"], four_ranks["nf4"]):
+        for step in range(STEPS):
+            rows = [row for rank in ranks for row in rank["rows"][step]]
+            assert len(rows) == len(set(rows)) == (GLOBAL_BATCH if step < 9 else 75 - 9 * GLOBAL_BATCH)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_base_bytes_a_rank_are_codes_and_scales_over_n(ranks, two_ranks, four_ranks):
+    """⌈n/N⌉ elements a tensor: at most N - 1 of padding in all. Nothing of codes and scales is whole on a rank."""
+    found = {2: two_ranks, 4: four_ranks}[ranks]["nf4"]
+    for rank in found:
+        assert rank["world_size"] == ranks and len(rank["base"]) == 3 * 7 * 2  # layers · linears · (codes, scales)
+        for whole, held, dtype in rank["base"].values():
+            assert held == -(-whole // ranks) and dtype == "torch.uint8"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_optimizer_state_is_half_of_loras_and_sharded(ranks, two_ranks, four_ranks):
+    jobs = {2: two_ranks, 4: four_ranks}[ranks]
+    trained = {}
+    for name in ("nf4", "lora"):
+        for rank in jobs[name]:
+            held = {kind: elements for kind, elements, _ in rank["optimizer"]}
+            assert held.keys() == {"master", "exp_avg", "exp_avg_sq"}
+            # ⌈n/N⌉ elements of each compact vector, and nothing else.
+            expected = sum(-(-elements // ranks) for _, elements in rank["trained"])
+            assert set(held.values()) == {expected}
+            # Three fp32 vectors, and AdamW's step counter, one fp32.
+            assert rank["held"]["optimizer"] == 3 * 4 * expected + 4
+        trained[name] = sum(elements for _, elements in jobs[name][0]["trained"])
+    assert 2 * trained["nf4"] == trained["lora"] == jobs["lora"][0]["counts"][1]
+
+
+def test_lora_at_half_the_rank_trains_as_many_entries(two_ranks):
+    assert two_ranks["half_rank"][0]["counts"][2] == two_ranks["nf4"][0]["counts"][2]
+
+
+def test_forward_pins_at_most_one_unit_of_what_was_gathered(two_ranks):
+    """What lives after a training forward of 2 tokens, beyond the shards: 2 tokens' activations and at most one unit.
+
+    Without checkpointing as well: a plain linear would hold every layer's gathered weight until backward.
+    """
+    for name in ("memory", "memory_layer"):
+        for rank in two_ranks[name]:
+            assert rank["gathered_short"] == rank["gathered_long"] == 0
+            activations = 2 * (rank["live_long"] - rank["live_short"]) / (rank["long_tokens"] - 2)
+            assert rank["live_short"] <= rank["largest_unit"] + activations + 2048  # and a label's logits
+            assert rank["all_units"] > 3 * rank["largest_unit"]
+    for plain, layer in zip(two_ranks["memory"], two_ranks["memory_layer"], strict=True):
+        assert layer["live_long"] < plain["live_long"] / 3
+
+
+def test_layer_checkpointing_gives_the_same_run(two_ranks):
+    for plain, layer in zip(two_ranks["memory"], two_ranks["memory_layer"], strict=True):
+        assert_close(layer["losses"], plain["losses"], 1e-7)
+        assert_close(layer["norms"], plain["norms"], 1e-6)
+
+
+def test_a_steady_step_asks_the_device_for_one_number_only(two_ranks):
+    """DeepSpeed reads the gradient norm once a step to refuse a NaN (stage3.py, is_invalid_grad_norm); we add none."""
+    for rank in two_ranks["memory"]:
+        assert rank["operations"] > 1000
+        assert rank["synchronising"] == {"_local_scalar_dense": 1}
+
+
+def test_selection_and_base_digests_do_not_depend_on_the_world_size(one_rank, two_ranks, four_ranks):
+    found = [*one_rank["accumulation"], *two_ranks["nf4"], *four_ranks["nf4"]]
+    assert len({rank["selection_digest"] for rank in found}) == 1
+    assert len({rank["base_digest"] for rank in found}) == 1
+
+
+def test_a_bf16_engine_keeps_codes_as_bytes_and_masters_in_fp32(bf16, two_ranks):
+    for name in ("none", "layer"):
+        for rank in bf16[name]:
+            assert {dtype for _, _, dtype in rank["base"].values()} == {"torch.uint8"}
+            assert {dtype for _, _, dtype in rank["optimizer"]} == {"torch.float32"}
+            assert rank["activation_dtypes"] == ["torch.bfloat16"]
+            # bf16 keeps 8 bits of a number: 2^-9 of rounding each time, some dozens in a row.
+            assert_close(rank["losses"], two_ranks["nf4"][0]["losses"], 2e-2)

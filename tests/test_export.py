@@ -1,0 +1,503 @@
+"""Exports against plain transformers and peft: our logits, bit-equal codes, and nothing half-written."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from lorasp.adapter import adapted_linears
+from lorasp.checkpoint import AdapterInfo, save_adapter
+from lorasp.evaluation.answers import greedy_answers
+from lorasp.evaluation.generation import CACHED_ATTENTION, generate_answer, prompt_tokens
+from lorasp.export import write as export_write
+from lorasp.export.base import write_merged, write_packed
+from lorasp.export.verify import VerificationError
+from lorasp.export.write import Export, write_export
+from lorasp.finished_run import read_run
+from lorasp.memory import PhasePeak
+from lorasp.models.build import build_on_meta, fill_and_shard
+from lorasp.models.weights import Checkpoint, load_config
+from lorasp.quantization import ShardedLinear
+from lorasp.recipe import Recipe, RecipeError
+from lorasp.reporting.console import Console
+from lorasp.reporting.run_report import build_report, rank_phases, write_report
+from tests.test_evaluation import Unsharded
+from tests.tiny_models import EOS, save_model
+
+CPU = torch.device("cpu")
+SILENT = Console(is_main=False)
+TOKENS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
+PEAKS = {"load": 5 * 2**20, "train": 9 * 2**20}  # bytes
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    found = {kind: save_model(kind, root / kind) for kind in ("llama", "llama_tied", "qwen2")}
+    GenerationConfig(temperature=0.3, do_sample=True, eos_token_id=EOS).save_pretrained(found["llama_tied"])
+    return found
+
+
+@pytest.fixture
+def made(bases, tmp_path):
+    """Makes a run's directory, as training would leave it, with random values in every trained entry."""
+
+    def make(base="llama_tied", *, status="finished", dtype=torch.float32, **sections) -> Path:
+        base = bases.get(base, base)
+        tree = {"name": "tiny", "output_dir": str(tmp_path / "runs"), "model": {"path": str(base)}}
+        tree |= {"data": {"train": "rows.json", "template": "short"}, "quantization": {"format": "none"}}
+        recipe = Recipe(**tree | {"adapter": {"rank": 4}} | sections)
+        model = build_on_meta(load_config(base, recipe.model), recipe, dtype)
+        checkpoint = Checkpoint(base)
+        fill_and_shard(model, checkpoint, device=CPU, reads=True, shard=lambda _: None, broadcast=lambda _: None)
+        generator = torch.Generator().manual_seed(2)
+        for linear in adapted_linears(model):
+            # Updates about as large as W: larger ones would amplify every rounding on the way.
+            linear.A.data.normal_(generator=generator).mul_(linear.in_features**-0.5)
+            linear.B.data.normal_(generator=generator).mul_(0.1 / linear.scale)
+        values = [(name, p.detach().float()) for name, p in model.named_parameters() if p.requires_grad]
+        info = AdapterInfo.of(recipe, model, base_digest=checkpoint.digest(), selection_seed=recipe.seed, step=40)
+        save_adapter(recipe.run_dir / "adapter", info, model, values, writes=True)
+        peaks = {name: peak(name, held) for name, held in PEAKS.items()}
+        report = build_report(
+            recipe=recipe.to_dict(),
+            world_size=1,
+            device="cpu",
+            parameters={"total": 10, "adapter": 4, "trained": 2, "optimizer_state_bytes": 16},
+            ranks=[rank_phases(0, peaks, {})],
+            throughput={},
+            metrics={"held_out_loss_before": 6.5, "held_out_loss_after": 0.25},
+            data={"train": {"source": "rows.json", "digest": "cafe1234"}},
+            samples=[],
+            history=[],
+            status=status,
+            command="python launch/train.py tiny.yaml",
+        )
+        write_report(recipe.run_dir, report)
+        return recipe.run_dir
+
+    return make
+
+
+def peak(name: str, held: int) -> PhasePeak:
+    values = {"name": name, "seconds": 1.0, "source": "a test", "peak_bytes": held, "peak_total_bytes": 2 * held}
+    return PhasePeak(**{f.name: values.get(f.name, 0) for f in fields(PhasePeak)})
+
+
+@torch.no_grad()
+def ours(run_dir: Path, **how) -> torch.Tensor:
+    """[tokens, vocabulary] of the run's model, unsharded."""
+    places = torch.arange(TOKENS.shape[1])
+    return read_run(run_dir).load(CPU, **how)(TOKENS, places.unsqueeze(0), (len(places),), places)
+
+
+def theirs(model) -> torch.Tensor:
+    # With gradients: on a CPU with AVX512-BF16 bitsandbytes would round the scales, and refuse these small sizes.
+    model.enable_input_require_grads()
+    return model.eval()(TOKENS).logits[0].detach()
+
+
+def export(run_dir: Path, kind: str, **options) -> Path:
+    out = run_dir / "export" / kind
+    write_export(read_run(run_dir), Export(kind, out, **options), SILENT)
+    return out
+
+
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_adapters_of_these_tests_matter(made, bases):
+    """Otherwise a lost adapter would pass everywhere below."""
+    moved = (ours(made()) - theirs(AutoModelForCausalLM.from_pretrained(bases["llama_tied"]))).abs()
+    assert moved.max() > 0.1 * ours(made()).abs().max()
+
+
+# ---- PEFT
+
+SHAPES = {
+    "balanced": {},
+    "uniform": {"selection": {"strategy": "uniform", "fraction": 0.3}},
+    "a third of each group": {"selection": {"fraction": 1 / 3}},
+    "rank 1": {"adapter": {"rank": 1, "alpha": 5.0}},
+    "rank 16, rslora, alpha no integer": {"adapter": {"rank": 16, "rslora": True, "alpha": 12.5, "dropout": 0.1}},
+    "frozen start kept": {"adapter": {"rank": 4, "frozen_entries": "init"}},
+    "frozen start kept, uniform": {
+        "adapter": {"rank": 3, "frozen_entries": "init"},
+        "selection": {"strategy": "uniform"},
+    },
+    "two kinds of module": {"adapter": {"rank": 4, "target_modules": ["q_proj", "down_proj"]}},
+    "one layer": {"adapter": {"rank": 4, "target_modules": ["*.layers.1.*"]}},
+    "mixed": {"adapter": {"rank": 4, "target_modules": ["model.layers.0.mlp.up_proj", "v_proj"]}},
+    "lora": {"method": "lora"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peft_gives_our_logits(shape, made, bases):
+    run_dir = made(**SHAPES[shape])
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(bases["llama_tied"]), export(run_dir, "peft")
+    )
+    assert_same_logits(theirs(model), ours(run_dir))
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen2"])
+def test_peft_gives_our_logits_for_odd_sizes_and_biases(base, made, bases):
+    run_dir = made(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases[base]), export(run_dir, "peft"))
+    assert_same_logits(theirs(model), ours(run_dir))
+
+
+def test_peft_on_a_base_that_transformers_quantized_gives_our_logits(made, bases):
+    run_dir = made(quantization={"format": "nf4"})
+    stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(bases["llama_tied"], quantization_config=stored)
+    base.enable_input_require_grads()
+    assert_same_logits(theirs(PeftModel.from_pretrained(base, export(run_dir, "peft"))), ours(run_dir))
+
+
+def test_peft_configuration_names_modules_shortly_where_that_is_exact(made):
+    config = json.loads((export(made(**SHAPES["two kinds of module"]), "peft") / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "q_proj"] and config["r"] == 4
+    names = json.loads((export(made(name="one", **SHAPES["one layer"]), "peft") / "adapter_config.json").read_text())
+    assert len(names["target_modules"]) == 7 and "model.layers.1.mlp.up_proj" in names["target_modules"]
+
+
+def test_half_of_the_exported_entries_are_zero_and_none_with_their_frozen_start(made):
+    """Of 4·64 and of 160·4 entries: exactly half are selected."""
+    zero = load_file(export(made(), "peft") / "adapter_model.safetensors")
+    start = load_file(export(made(name="init", **SHAPES["frozen start kept"]), "peft") / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora"
+    assert (zero[f"{name}_A.weight"] == 0).sum() == 128 and (zero[f"{name}_B.weight"] == 0).sum() == 320
+    assert (start[f"{name}_A.weight"] == 0).sum() == 0 and (start[f"{name}_B.weight"] == 0).sum() == 320
+
+
+# ---- Merged
+
+
+@pytest.mark.parametrize("base", ["llama", "llama_tied", "qwen2"])
+def test_merged_model_gives_our_logits(base, made):
+    run_dir = made(base)
+    out = export(run_dir, "merged")
+    assert_same_logits(theirs(AutoModelForCausalLM.from_pretrained(out)), ours(run_dir))
+    names = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert ("lm_head.weight" in names) == (base == "llama")  # a tied head is stored once
+
+
+def test_merged_into_the_dequantized_base_gives_the_logits_of_training_and_the_original_says_so(made):
+    run_dir = made(quantization={"format": "nf4"})
+    dequantized = export(run_dir, "merged", base="dequantized")
+    assert_same_logits(theirs(AutoModelForCausalLM.from_pretrained(dequantized)), ours(run_dir))
+    assert json.loads((dequantized / "config.json").read_text())["lorasp"]["merged_into"] == "the dequantized base"
+
+    other = run_dir / "original"
+    write_export(read_run(run_dir), Export("merged", other), SILENT)
+    original = theirs(AutoModelForCausalLM.from_pretrained(other))
+    assert_same_logits(original, ours(run_dir, dense=True))
+    assert (original - ours(run_dir)).abs().max() > 1e-2 * original.abs().max()  # quantization's error, not hidden
+    assert json.loads((other / "config.json").read_text())["lorasp"]["merged_into"] == "the original base"
+    assert "**the original base**" in (other / "README.md").read_text()
+
+
+def test_merged_dtype_is_the_one_asked_for(made):
+    run_dir = made()
+    out = export(run_dir, "merged", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # 8 bits of mantissa, in every weight: 1/256 of the largest logit, a few times over.
+    found = theirs(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    assert (found - ours(run_dir)).abs().max() < 0.02 * ours(run_dir).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["merged", "bnb4bit"])
+def test_a_layer_is_freed_before_the_next_is_read(kind, made, tmp_path):
+    run = read_run(made(quantization={"format": "nf4"}))
+    model = run.build_on_meta()
+    held = []
+
+    def on_unit():
+        linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
+        held.append(sum(not tensor.is_meta for linear in linears for _, tensor in linear.base_tensors()))
+
+    if kind == "merged":
+        write_merged(tmp_path, run, model, torch.float32, "dequantized", CPU, on_unit)
+    else:
+        write_packed(tmp_path, run, model, CPU, on_unit)
+    assert held == [0] * 6  # embedding, three layers, norm, head
+
+
+# ---- 4 bits
+
+QUANTIZATIONS = {
+    "nf4": {},
+    "fp4": {"format": "fp4"},
+    "no double quantization": {"double_quant": False},
+    "blocks of 256": {"block_size": 256},
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_4_bit_export_holds_our_codes_and_gives_our_logits(quantization, made):
+    run_dir = made(quantization={"format": "nf4", **QUANTIZATIONS[quantization]})
+    out = export(run_dir, "bnb4bit")
+    base = AutoModelForCausalLM.from_pretrained(out)
+    base.enable_input_require_grads()
+    for name, linear in read_run(run_dir).load(CPU).model.named_modules():
+        if isinstance(linear, ShardedLinear):
+            weight = base.get_submodule(name).weight
+            assert weight.dtype == torch.uint8 and torch.equal(weight.view(-1), linear.codes)
+            assert torch.equal(weight.quant_state.absmax, linear.scales)
+    assert_same_logits(theirs(PeftModel.from_pretrained(base, out / "adapter")), ours(run_dir))
+
+
+@pytest.mark.parametrize("base", ["llama_tied", "qwen2"])
+@pytest.mark.parametrize("format,double_quant", [("nf4", True), ("fp4", False)])
+def test_4_bit_checkpoint_of_transformers_is_read_code_by_code(base, format, double_quant, made, bases, tmp_path):
+    stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=format, bnb_4bit_use_double_quant=double_quant)
+    model = AutoModelForCausalLM.from_pretrained(bases[base], quantization_config=stored)
+    model.save_pretrained(tmp_path / "4bit")
+    AutoTokenizer.from_pretrained(bases[base]).save_pretrained(tmp_path / "4bit")
+    run_dir = made(tmp_path / "4bit", quantization={"format": format, "double_quant": double_quant})
+    mine = read_run(run_dir).load(CPU)
+    compared = 0
+    for name, linear in mine.model.named_modules():
+        if isinstance(linear, ShardedLinear):
+            weight = model.get_submodule(name).weight
+            assert torch.equal(linear.codes, weight.view(-1))
+            assert torch.equal(linear.scales, weight.quant_state.absmax)
+            if double_quant:
+                assert torch.equal(linear.scale_scales, weight.quant_state.state2.absmax)
+                assert torch.equal(linear.scale_offset, weight.quant_state.offset)
+            compared += 1
+    assert compared == 3 * 7
+    for linear in adapted_linears(mine):
+        linear.B.data.zero_()
+    places = torch.arange(TOKENS.shape[1])
+    assert_same_logits(mine(TOKENS, places.unsqueeze(0), (len(places),), places), theirs(model))
+    # And on: what was trained on it is exported with its codes again, and merges into nothing but them.
+    assert write_export(read_run(run_dir), Export("bnb4bit", run_dir / "4", verify=True), SILENT).largest < 1e-3
+    write_export(read_run(run_dir), Export("merged", run_dir / "m", "dequantized", verify=True), SILENT)
+    write_export(read_run(run_dir), Export("peft", run_dir / "p", verify=True), SILENT)
+    with pytest.raises(RecipeError, match="no original weights to merge into"):
+        export(run_dir, "merged")
+
+
+def test_linears_that_a_4_bit_checkpoint_keeps_dense_stay_dense(made, bases, tmp_path):
+    stored = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "down_proj"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(bases["llama_tied"], quantization_config=stored)
+    model.save_pretrained(tmp_path / "4bit")
+    AutoTokenizer.from_pretrained(bases["llama_tied"]).save_pretrained(tmp_path / "4bit")
+    run_dir = made(tmp_path / "4bit", quantization={"format": "nf4", "double_quant": False})
+    formats = {linear.name: linear.quantization.format for linear in adapted_linears(read_run(run_dir).load(CPU))}
+    assert {name for name, format in formats.items() if format == "none"} == {
+        f"model.layers.{layer}.mlp.down_proj" for layer in range(3)
+    }
+    write_export(read_run(run_dir), Export("bnb4bit", run_dir / "4", verify=True), SILENT)
+
+
+@pytest.mark.parametrize(
+    "quantization,sentence",
+    [
+        ({"format": "none"}, "in nf4 already, with double quantization"),
+        ({"format": "fp4"}, "set quantization.format=nf4 quantization.double_quant=true"),
+        ({"format": "nf4", "double_quant": False}, "set quantization.format=nf4 quantization.double_quant=true"),
+        ({"format": "nf4", "block_size": 128}, "of a wrong shape"),
+    ],
+)
+def test_a_recipe_that_quantizes_otherwise_than_the_checkpoint_is_refused(
+    quantization, sentence, made, bases, tmp_path
+):
+    out = export(made(quantization={"format": "nf4"}), "bnb4bit")
+    with pytest.raises(RecipeError, match=sentence):
+        made(out, name="other", quantization=quantization)
+
+
+# ---- What goes with it
+
+
+def test_tokenizer_generation_settings_and_card_go_with_every_export(made, bases):
+    run_dir = made(quantization={"format": "nf4"})
+    for kind in ("peft", "merged", "bnb4bit"):
+        out = export(run_dir, kind)
+        assert AutoTokenizer.from_pretrained(out)("ash")["input_ids"] == [256, *tokens(bases, "ash")]
+        assert GenerationConfig.from_pretrained(out).temperature == 0.3
+        card = (out / "README.md").read_text()
+        for told in ("cafe1234", "held out loss after | 0.25", "python launch/train.py tiny.yaml", "format: nf4"):
+            assert told in card
+        assert "train" in card and "0.009" in card  # 9 MiB are 0.0088 GiB
+
+
+def tokens(bases, text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(bases["llama"])(text)["input_ids"][1:]
+
+
+def test_full_fine_tuning_exports_as_a_model_and_as_nothing_else(made, bases, tmp_path):
+    run_dir = made()
+    report = json.loads((run_dir / "report.json").read_text())
+    report["recipe"] = Recipe(
+        method="full", model={"path": str(bases["qwen2"])}, data={"train": "rows.json"}
+    ).to_dict()
+    (run_dir / "report.json").write_text(json.dumps(report))
+    save_model("qwen2", run_dir / "model")
+    out = export(run_dir, "merged", verify=True)
+    assert_same_logits(
+        theirs(AutoModelForCausalLM.from_pretrained(out)), theirs(AutoModelForCausalLM.from_pretrained(bases["qwen2"]))
+    )
+    with pytest.raises(RecipeError, match="method full trains no adapter"):
+        export(run_dir, "peft")
+
+
+# ---- Verified
+
+
+@pytest.mark.parametrize(
+    "kind,options",
+    [("peft", {}), ("merged", {}), ("merged", {"base": "dequantized"}), ("bnb4bit", {})],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kind_verifies(kind, options, dtype, made):
+    run_dir = made(quantization={"format": "nf4"}, dtype=dtype)
+    difference = write_export(read_run(run_dir), Export(kind, run_dir / "out", verify=True, **options), SILENT)
+    assert difference.largest <= difference.tolerance < difference.effect / 2
+    assert difference.tolerance < (1e-3 if dtype == torch.float32 else 0.1) * difference.scale
+
+
+def test_an_export_with_wrong_weights_is_told_and_not_left(made, monkeypatch):
+    run_dir = made()
+    write_peft = export_write.write_peft
+
+    def damage(directory, run, *rest):
+        write_peft(directory, run, *rest)
+        config = json.loads((directory / "adapter_config.json").read_text())
+        (directory / "adapter_config.json").write_text(
+            json.dumps(config | {"lora_alpha": 1.01 * config["lora_alpha"]})
+        )
+
+    monkeypatch.setattr(export_write, "write_peft", damage)
+    with pytest.raises(VerificationError, match="largest difference"):
+        export(run_dir, "peft", verify=True)
+    assert list((run_dir / "export").iterdir()) == []
+
+
+# ---- Refused, with nothing half-written
+
+
+def refused(run_dir: Path, kind: str, sentence: str, **options) -> None:
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(RecipeError, match=sentence) as told:
+        export(run_dir, kind, **options)
+    assert "\n" not in str(told.value)
+    assert [path for path in sorted(run_dir.rglob("*")) if path.name != "export"] == before
+
+
+def test_what_is_no_finished_run_is_told(made, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "tensorboard").mkdir(parents=True)
+    refused(tmp_path / "empty", "peft", "is no run: it holds no report.json")
+    refused(tmp_path / "begun", "peft", "the run has not come to its end")
+    with pytest.raises(RecipeError, match="is no directory"):
+        read_run(tmp_path / "nowhere")
+    run_dir = made()
+    (run_dir / "adapter" / "adapter.safetensors").unlink()
+    refused(run_dir, "peft", "holds a report but no adapter")
+    (run_dir / "report.json").write_text("{")
+    refused(run_dir, "peft", "is no report that this version can read")
+
+
+def test_a_stopped_run_is_exported_with_a_warning(made):
+    run_dir = made(status="stopped: the loss is nan")
+    assert read_run(run_dir).warnings() == [f"{run_dir}: the run did not finish (stopped: the loss is nan)"]
+    assert "did not finish" in (export(run_dir, "peft") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged", "bnb4bit"])
+def test_an_adapter_of_another_base_is_refused(kind, made, bases, tmp_path):
+    """Same names and shapes, one weight moved."""
+    model = AutoModelForCausalLM.from_pretrained(bases["llama_tied"])
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(bases["llama_tied"]).save_pretrained(tmp_path / "base")
+    run_dir = made(tmp_path / "base", quantization={"format": "nf4"})
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "base")
+    refused(run_dir, kind, "trained on another base")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(made, monkeypatch):
+    """What is needed is counted to the byte: the tied LLaMA's 146,176 entries of fp32, its head not a second time."""
+    run_dir = made()
+    usage = export_write.shutil.disk_usage(run_dir)
+    count = AutoModelForCausalLM.from_pretrained(read_run(run_dir).base).num_parameters()
+    monkeypatch.setattr(export_write.shutil, "disk_usage", lambda _: usage._replace(free=4 * count - 1))
+    refused(run_dir, "merged", "GiB are free")
+    monkeypatch.setattr(export_write.shutil, "disk_usage", lambda _: usage._replace(free=4 * count))
+    export(run_dir, "merged")
+
+
+def test_what_a_run_or_a_place_cannot_give_is_refused(made, monkeypatch):
+    run_dir = made()
+    refused(run_dir, "bnb4bit", "quantized nothing")
+    refused(run_dir, "merged", "leave out --base dequantized", base="dequantized")
+    monkeypatch.setattr(export_write.util, "find_spec", lambda _: None)
+    refused(run_dir, "peft", "pip install peft", verify=True)
+    out = export(run_dir, "peft")
+    (out / "mine").write_text("kept")
+    with pytest.raises(RecipeError, match="is not empty"):
+        export(run_dir, "peft")
+    assert (out / "mine").read_text() == "kept"
+
+
+# ---- Answers
+
+
+def test_answers_with_a_cache_are_those_of_training_without(made, bases, capsys):
+    """Also after the base's own generation settings, which would sample."""
+    run_dir = made("llama_tied", quantization={"format": "nf4"})
+    run, tokenizer = read_run(run_dir), AutoTokenizer.from_pretrained(bases["llama_tied"])
+    prompts = ["elm", "ash and oak\n### Response:\n", "x"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    expected = greedy_answers(
+        Unsharded(run.load(CPU)),
+        [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        eos=EOS,
+        max_new_tokens=12,
+        device=CPU,
+    )
+    dist.destroy_process_group()
+    model = run.load(CPU, attention=CACHED_ATTENTION)
+    how = {"max_new_tokens": 12, "temperature": 0.0, "streams": True}
+    answers = [
+        generate_answer(model, tokenizer, prompt_tokens(tokenizer, prompt, "none"), **how) for prompt in prompts
+    ]
+    assert answers == expected
+    assert any(expected)
+    assert capsys.readouterr().out == "".join(
+        tokenizer.decode(answer, skip_special_tokens=True) + "\n" for answer in expected
+    )
+
+
+def test_prompts_are_put_into_what_training_put_them_into(made, bases):
+    """By the recipe's format, or by what was found in the data; spaces at the end belong to the response."""
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama_tied"])
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}A: "
+    ash = tokens(bases, "ash")
+    for data, layout, format, expected in (
+        ({"template": "short"}, "alpaca", "short", [256, *tokens(bases, "ash\n### Response:\n")]),
+        ({"format": "chat"}, "alpaca", "chat", [256, *ash, EOS, *tokens(bases, "A:")]),
+        ({}, "chat", "chat", [256, *ash, EOS, *tokens(bases, "A:")]),
+        ({}, "prompt_completion", "none", [256, *ash]),
+    ):
+        run_dir = made(name=f"{layout}-{format}-{len(data)}", data={"train": "rows.json", **data})
+        report = json.loads((run_dir / "report.json").read_text())
+        report["data"]["train"]["layout"] = layout
+        (run_dir / "report.json").write_text(json.dumps(report))
+        assert read_run(run_dir).prompt_format == format
+        assert prompt_tokens(tokenizer, "ash", format) == expected

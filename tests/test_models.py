@@ -1,0 +1,133 @@
+"""A model that we build equals the one that transformers loads: logits, losses, gradients, for every family."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from lorasp.accounting import count_parameters
+from lorasp.adapter import AdaptedLinear
+from lorasp.data.batches import collate
+from lorasp.data.examples import Example
+from lorasp.models.build import build_on_meta, fill_and_shard, units
+from lorasp.models.causal_lm import Head
+from lorasp.models.weights import Checkpoint, load_config
+from lorasp.quantization import ShardedLinear
+from lorasp.recipe import Recipe, RecipeError
+from tests.tiny_models import save_model
+
+FAMILIES = ["llama", "llama_tied", "qwen2", "mistral"]
+EXAMPLES = [
+    Example(tuple(torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()), prompt)
+    for length, prompt in ((5, 2), (31, 10), (1, 1), (17, 17), (24, 3))
+]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_model(kind, root / kind) for kind in FAMILIES}
+
+
+def recipe(directory, **sections):
+    tree = {
+        "model": {"path": str(directory)},
+        "data": {"train": "unused"},
+        "quantization": {"format": "none"},
+        "adapter": {"rank": 4},
+    }
+    tree |= sections
+    if tree.get("method") == "full":
+        del tree["adapter"]
+    return Recipe(**tree)
+
+
+def build(directory, **sections):
+    """Our model on one process, unsharded."""
+    settings = recipe(directory, **sections)
+    model = build_on_meta(load_config(directory, settings.model), settings, torch.float32)
+    fill_and_shard(
+        model,
+        Checkpoint(directory),
+        device=torch.device("cpu"),
+        reads=True,
+        shard=lambda unit: None,
+        broadcast=lambda tensor: None,
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logits_of_concatenated_examples_equal_transformers_one_by_one(kind, directories):
+    """Also with Mistral's window of 12 tokens, shorter than two of the examples, and with grouped queries."""
+    ours, theirs = build(directories[kind]), AutoModelForCausalLM.from_pretrained(directories[kind])
+    batch = collate(EXAMPLES, [0, 1, 2, 3, 4])
+    everywhere = torch.arange(sum(batch.lengths))
+    inputs = batch.model_inputs("cpu") | {"positions": everywhere, "labels": None}
+    logits = ours(**inputs)
+    reference = torch.cat([theirs(torch.tensor([example.input_ids])).logits[0] for example in EXAMPLES])
+    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_parameter_is_filled_once_and_belongs_to_one_unit(kind, directories):
+    model = build(directories[kind])
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    held = [parameter for unit in units(model.model) for parameter in unit.module.parameters()]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) - len(set(map(id, held))) == (kind in ("llama_tied", "qwen2"))  # the head, tied to the embedding
+
+
+def test_counts_are_those_of_the_architecture(directories):
+    for kind in FAMILIES:
+        reference = AutoModelForCausalLM.from_pretrained(directories[kind]).num_parameters()
+        settings = recipe(directories[kind], quantization={"format": "nf4"})
+        on_meta = build_on_meta(load_config(directories[kind], settings.model), settings, torch.float32)
+        counts = count_parameters(on_meta)
+        linears = [module for module in on_meta.modules() if isinstance(module, AdaptedLinear)]
+        adapter = sum(4 * (linear.in_features + linear.out_features) for linear in linears)
+        assert counts.total == reference + adapter and counts.adapter == adapter and 2 * counts.trained == adapter
+        full = build_on_meta(
+            load_config(directories[kind], settings.model), recipe(directories[kind], method="full"), torch.float32
+        )
+        assert count_parameters(full).trained == count_parameters(full).total == reference
+
+
+def test_nothing_but_adapters_is_trained_and_full_trains_all(directories):
+    lorasp = build(directories["qwen2"])
+    assert {name.rpartition(".")[2] for name, p in lorasp.named_parameters() if p.requires_grad} == {"A", "B"}
+    full = build(directories["qwen2"], method="full")
+    assert all(parameter.requires_grad for parameter in full.parameters())
+    assert sum(isinstance(module, ShardedLinear) for module in full.modules()) == 3 * 7
+
+
+def test_head_loss_and_gradients_equal_cross_entropy_over_several_chunks():
+    head = Head(torch.nn.Parameter(torch.randn(50, 16)), None)
+    hidden, labels = torch.randn(300, 16, requires_grad=True), torch.randint(0, 50, (300,))
+    other = hidden.detach().clone().requires_grad_()
+    ours = head(hidden, labels)
+    theirs = F.cross_entropy(other @ head.weight.t(), labels, reduction="sum")
+    (ours * 0.3).backward()
+    (theirs * 0.3).backward(inputs=[other])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(hidden.grad, other.grad, rtol=1e-4, atol=1e-5)
+    losses, correct = head(hidden, labels, score=True)
+    torch.testing.assert_close(losses.sum(), theirs, rtol=1e-5, atol=1e-4)
+    assert torch.equal(correct, (hidden @ head.weight.t()).argmax(-1) == labels)
+
+
+def test_head_without_a_label_gives_a_loss_of_zero_that_still_has_a_gradient():
+    head = Head(torch.nn.Parameter(torch.randn(50, 16)), None)
+    hidden = torch.randn(1, 16, requires_grad=True)
+    none = torch.empty(0, dtype=torch.long)
+    loss = head(hidden[none], none)
+    loss.backward()
+    assert loss.item() == 0 and torch.all(hidden.grad == 0)
+
+
+def test_architectures_that_touch_the_logits_are_refused(directories):
+    settings = recipe(directories["llama"])
+    config = load_config(directories["llama"], settings.model)
+    config.final_logit_softcapping = 30.0
+    with pytest.raises(RecipeError, match="final_logit_softcapping"):
+        build_on_meta(config, settings, torch.float32)

