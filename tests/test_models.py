@@ -116,6 +116,31 @@ def test_head_loss_and_gradients_equal_cross_entropy_over_several_chunks():
     assert torch.equal(correct, (hidden @ head.weight.t()).argmax(-1) == labels)
 
 
+@pytest.mark.parametrize("rows", [60, 4096])
+def test_head_sums_and_scales_in_fp32_when_it_computes_in_bf16(rows):
+    """60 labels, less than a chunk, and 32 chunks; torch's linear_cross_entropy is off by 2e-3 and by 1e-2.
+
+    0.3003 lies between two bf16 numbers, 0.2996 and 0.3008: a rounded scale would be off by 2e-3.
+    """
+    torch.manual_seed(0)
+    head = Head(torch.nn.Parameter((torch.randn(301, 32) / 4).bfloat16()), torch.nn.Parameter(torch.zeros(301)))
+    head.bias.data = torch.randn(301).bfloat16()
+    hidden, labels = torch.randn(rows, 32).bfloat16().requires_grad_(), torch.randint(0, 301, (rows,))
+    wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, head.weight, head.bias)]
+    ours, expected = head(hidden, labels), F.cross_entropy(F.linear(*wide), labels, reduction="sum")
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    (ours * 0.3003).backward()
+    (expected * 0.3003).backward()
+    for tensor, reference in zip((hidden, head.weight, head.bias), wide, strict=True):
+        assert tensor.grad.dtype == torch.bfloat16
+        difference = tensor.grad.float() - reference.grad
+        # Rounded twice to 8 bits, 2^-9 each at most.
+        assert difference.norm() < 3e-3 * reference.grad.norm()
+    # At random: 2e-3 over the square root of 1,900 entries and more, so that the whole is as long as it should be.
+    scale = (hidden.grad.float() * wide[0].grad).sum() / wide[0].grad.square().sum()
+    assert scale.item() == pytest.approx(1, abs=2e-4)
+
+
 def test_head_without_a_label_gives_a_loss_of_zero_that_still_has_a_gradient():
     head = Head(torch.nn.Parameter(torch.randn(50, 16)), None)
     hidden = torch.randn(1, 16, requires_grad=True)

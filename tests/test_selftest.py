@@ -78,11 +78,11 @@ def test_an_adapter_whose_gradient_is_wrong_fails(monkeypatch):
 def test_a_loss_that_leaves_out_a_chunk_fails(monkeypatch):
     from lorasp.models import causal_lm
 
-    right = causal_lm.F.linear_cross_entropy
+    right = causal_lm._CrossEntropySum.apply
     monkeypatch.setattr(
-        causal_lm.F,
-        "linear_cross_entropy",
-        lambda hidden, weight, labels, **options: right(hidden[:256], weight, labels[:256], **options),
+        causal_lm._CrossEntropySum,
+        "apply",
+        lambda hidden, weight, bias, labels: right(hidden[:256], weight, bias, labels[:256]),
     )
     with pytest.raises(CheckFailed, match="chunked loss on cpu, sum, against cross_entropy"):
         selftest.check_loss(CPU)
