@@ -126,11 +126,12 @@ def main() -> int:
             )
         status = "finished"
     except NonFiniteLoss as stopped:
-        log.console.warn(str(stopped))
-        # Weights that gave no finite loss must not replace those that were saved when they still did.
-        if stopped.weights_are_good or not saved_at:
+        # Weights that gave no finite loss are not worth keeping, and must not replace those that did.
+        if stopped.weights_are_good and stopped.step - 1 not in saved_at:
             save(stopped.step - 1)
-        status = f"stopped: {stopped}"
+        kept = f"kept is what step {saved_at[-1]} saved" if saved_at else "nothing was saved (training.save_every)"
+        log.console.warn(f"{stopped}; {kept}")
+        status = f"stopped: {stopped}; {kept}"
 
     if status == "finished":
         save(order.total_steps)

@@ -16,15 +16,17 @@ from lorasp.zero.engine import Engine
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient of `step` (from 1) was NaN or infinite; its update was not applied.
+    """The loss or the gradient of `step` (from 1) was NaN or infinite, or the loss after its update.
 
-    weights_are_good: whether the weights before that step still gave a finite loss.
+    weights_are_good: whether the weights are still those before that step, and gave a finite loss.
     """
 
-    def __init__(self, step: int, weights_are_good: bool) -> None:
+    def __init__(self, step: int, *, weights_are_good: bool = False, after_update: bool = False) -> None:
+        what = "gradient" if weights_are_good else "loss"
+        when = "after the update of" if after_update else "at"
         super().__init__(
-            f"the {'gradient' if weights_are_good else 'loss'} became NaN or infinite at step {step}; lower "
-            f"training.learning_rate or training.max_grad_norm, or look at the data of that step"
+            f"the {what} became NaN or infinite {when} step {step}; lower training.learning_rate or "
+            f"training.max_grad_norm, or look at the data of that step"
         )
         self.step, self.weights_are_good = step, weights_are_good
 
@@ -61,7 +63,8 @@ def train(
     """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called.
 
     The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
-    divided by their number N. Raises NonFiniteLoss on all ranks at the same step, before its update is applied.
+    divided by their number N. Raises NonFiniteLoss on all ranks at the same step. What is called of `every`, and the
+    caller afterwards, finds weights whose own loss was finite: a step's loss is that of the weights before its update.
     """
     unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
     tokens_real = tokens_computed = 0
@@ -86,7 +89,7 @@ def train(
             seconds = time.perf_counter() - since
             if not all(map(math.isfinite, losses)):  # though its gradient was finite
                 first = next(index for index, value in enumerate(losses) if not math.isfinite(value))
-                raise NonFiniteLoss(step - len(losses) + 1 + first, weights_are_good=False)
+                raise NonFiniteLoss(step - len(losses) + 1 + first)
             point = LogPoint(
                 step=step,
                 loss=losses[-1],
@@ -98,6 +101,8 @@ def train(
             )
             on_log(point)
             unread, tokens_real, tokens_computed = [], 0, 0
+            if (due or step == total_steps) and not math.isfinite(_loss_now(engine, current, device)):
+                raise NonFiniteLoss(step, after_update=True)
             for action in due:
                 action(step)
                 engine.train_mode(True)
@@ -111,14 +116,27 @@ def train_step(engine: Engine, step: TrainingStep, device: torch.device, world_s
     counted beforehand, gives the gradient of the global mean whatever the labels of a rank or a micro batch are.
     """
     micro_batches = step.micro_batches
+    label_count = max(1, step.label_count)  # a batch without any label has a loss of 0
     share = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         loss_sum = engine(**batch.model_inputs(device))
-        share += loss_sum.detach() / step.label_count
+        share += loss_sum.detach() / label_count
         engine.backward(
-            loss_sum * (world_size * len(micro_batches) / step.label_count), last=index == len(micro_batches) - 1
+            loss_sum * (world_size * len(micro_batches) / label_count), last=index == len(micro_batches) - 1
         )
     return share, engine.gradient_norm().to(device)
+
+
+@torch.no_grad()
+def _loss_now(engine: Engine, step: TrainingStep, device: torch.device) -> float:
+    """The loss of the step's batch with the weights as they are, without dropout. Collective."""
+    engine.train_mode(False)
+    share = torch.zeros((), device=device)
+    for batch in step.micro_batches:
+        share += engine(**batch.model_inputs(device)) / max(1, step.label_count)
+    engine.train_mode(True)
+    [loss], _ = _read([(share, share)])
+    return loss
 
 
 def _read(unread: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:

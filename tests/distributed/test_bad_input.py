@@ -25,7 +25,8 @@ from lorasp.models.build import build_on_meta
 from lorasp.models.weights import Checkpoint, load_config, load_tokenizer
 from lorasp.recipe import Recipe, RecipeError, load_recipe
 from lorasp.run import claim_run_directory, compute_dtype, load_model
-from tests.distributed.commands import Done, accelerate_on_two, python, run
+from tests.distributed.commands import TRAIN, Done, accelerate_on_two, python, run, torchrun_on_two
+from tests.distributed.launching import ROOT
 
 OTHER_DIGEST = "0" * 64
 
@@ -522,9 +523,58 @@ def read_adapter(directory: Path, recipe: Recipe) -> AdapterInfo:
     return saved.info
 
 
+# launch/train.py with a learning rate of 1e30 at one step: an update that ruins the weights and is itself finite.
+SPIKE = """
+import runpy
+import sys
+sys.path.insert(0, {root!r})
+import lorasp.trainer
+
+schedule = lorasp.trainer.learning_rate
+lorasp.trainer.learning_rate = lambda step, *rest: 1e30 if step + 1 == {step} else schedule(step, *rest)
+sys.argv[0] = {train!r}
+runpy.run_path({train!r}, run_name="__main__")
+"""
+
+
+def with_a_spike(work: Path, step: int, *arguments: str) -> list[str]:
+    (work / "spike.py").write_text(SPIKE.format(root=str(ROOT), train=TRAIN, step=step))
+    command = torchrun_on_two(str(work / "tiny.yaml"), *arguments)
+    return [str(work / "spike.py") if part == TRAIN else part for part in command]
+
+
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_both_ranks_and_keeps_a_finite_adapter(work, home):
-    """After a step of 1e30 the next loss is no number."""
+def test_an_update_that_ruins_the_weights_is_not_saved_over_a_good_adapter(work, home):
+    """The third update does, after a loss that was finite: step 3 is not saved, and the adapter of step 2 is kept.
+
+    The loss of step 3 is that of the weights before its update, and cannot vouch for those that step 3 would save.
+    """
+    done = run(with_a_spike(work, 3, "name=spike", "training.save_every=1"), home)
+    assert done.returncode != 0 and f"(exitcode: {STOPPED})" in done.stderr, done.stderr[-3000:]
+    report = json.loads((work / "runs" / "spike" / "report.json").read_text())
+    assert "NaN or infinite after the update of step 3" in report["status"]
+    assert report["status"].endswith("kept is what step 2 saved") and done.stdout.count(report["status"][9:]) == 1
+    assert [point["step"] for point in report["history"]] == [1, 2, 3]
+    assert read_adapter(work / "runs" / "spike", load_recipe(work / "tiny.yaml")).step == 2
+
+    again = run(
+        python(
+            str(work / "tiny.yaml"),
+            "name=again",
+            f"adapter.init_from={work / 'runs' / 'spike' / 'adapter'}",
+            "training.max_steps=1",
+        ),
+        home,
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    metrics = json.loads((work / "runs" / "again" / "report.json").read_text())["metrics"]
+    # Better than the untrained model, whose 261 tokens are about as likely: ln 261 = 5.56.
+    assert metrics["held_out_loss_before"] < report["metrics"]["held_out_loss_before"] < 6
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_both_ranks_and_ruined_weights_are_not_kept(work, home):
+    """After a step of 1e30 the next loss is no number, and nothing was saved before."""
     done = run(accelerate_on_two(str(work / "tiny.yaml"), "name=far", "training.learning_rate=1e30"), home)
     assert done.returncode != 0 and f"(exitcode: {STOPPED})" in done.stderr and "[rank" not in done.stderr
     report = json.loads((work / "runs" / "far" / "report.json").read_text())
@@ -548,7 +598,7 @@ def test_poisoned_weights_are_refused_by_the_rehearsal_or_stop_the_first_step(wo
     assert "NaN or infinite at step 1" in report["status"]
     assert report["metrics"]["held_out_loss_before"] is None
     assert (work / "runs" / "nan" / "report.md").read_text().startswith("# nan: ")
-    assert read_adapter(work / "runs" / "nan", load_recipe(work / "tiny.yaml")).step == 0
+    assert not (work / "runs" / "nan" / "adapter").exists()
 
 
 @pytest.mark.slow
