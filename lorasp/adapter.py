@@ -121,6 +121,11 @@ class _AdaptedLinearFunction(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     """[..., n] -> [tokens, n], a view wherever x is contiguous."""
+    if not linears:
+        raise RecipeError(
+            "adapter.target_modules: this model has no linear layer (nn.Linear) to adapt; GPT-2's, for one, are of "
+            "another kind (Conv1D)"
+        )
     return x.reshape(-1, x.shape[-1])
 
 

@@ -449,9 +449,29 @@ def _drop_unknown(tree: dict[Any, Any], report: Report) -> None:
         value = tree.pop(name)
         if isinstance(value, dict) and value and not difflib.get_close_matches(str(name), _SECTIONS):
             for key in value:  # `lora: {rank: 8}`: no section is meant, but its keys may be known
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device", "none") != "none":
+        faults.append(
+            f"{path}: offload_optimizer would take the masters and moments out of the optimizer that saves them; "
+            f"remove it: an adapter's are small"
+        )
+    faults += [
+        f'{path}: {key} is "auto", which only zero_optimization.stage3_prefetch_bucket_size may be; remove it, or '
+        f"write a number"
+        for key in _auto_keys(config)
+        if key not in _OWNED and key != "zero_optimization.stage3_prefetch_bucket_size"
+    ]
                 report.add_unknown(f"{name}.{key}", _KEYS)
         else:
             report.add_unknown(str(name), _KEYS)
+def _auto_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict) and f"{prefix}{key}" not in _OWNED:
+            yield from _auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield f"{prefix}{key}"
+
+
     for name, section in _SECTIONS.items():
         if isinstance(tree[name], dict):
             for key in [key for key in tree[name] if key not in _keys(section)]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorasp.hashing import random_int64, stream_key
+from lorasp.recipe_errors import RecipeError
 
 _LARGEST_GROUP = 8
 
@@ -103,11 +104,15 @@ def select_entries(
     evenly spread as section 3.2 of the paper asks; `uniform` takes any ⌊fraction · n⌋ of the n entries, each subset as
     likely.
 
-    Raises ValueError for an unknown strategy, a fraction that `balanced` cannot take, or a matrix too small for it.
+    Raises RecipeError for a matrix too small for the fraction, ValueError for an unknown strategy or a fraction that
+    `balanced` cannot take, which no recipe holds.
     """
     selection, bits = _draw(rows, columns, strategy, fraction, stream_key(seed, name))
     if selection.count == 0:
-        raise ValueError(f"{name} has {rows * columns} entries: too few to train {fraction:g} of them")
+        raise RecipeError(
+            f"selection.fraction: {name} has {rows * columns} entries: too few to train {fraction:g} of them; raise "
+            f"it, or adapter.rank"
+        )
     return selection, bits
 
 

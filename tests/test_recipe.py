@@ -321,6 +321,15 @@ def test_missing_files_are_told_before_anything_loads(write) -> None:
             '{"zero_optimization": {"stage": 3}, "fp16": {"enabled": true}}',
             "set model.dtype (float16 is not supported)",
         ),
+        (
+            '{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}',
+            'zero_optimization.reduce_bucket_size is "auto", which only zero_optimization.stage3_prefetch_bucket_size',
+        ),
+        ('{"zero_optimization": {"stage": 3}, "wall_clock_breakdown": "auto"}', 'wall_clock_breakdown is "auto"'),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}',
+            "offload_optimizer would take the masters and moments out of the optimizer",
+        ),
     ],
 )
 def test_deepspeed_config_that_cannot_serve_is_refused(write, config: str, told: str) -> None:
@@ -342,5 +351,10 @@ def test_deepspeed_config_is_found_by_name_and_as_shipped_is_usable(write) -> No
     assert recipe.deepspeed.config == minimal().deepspeed.config == str(ROOT / "ds_configs" / "zero3.json")
     for shipped in (ROOT / "ds_configs").glob("*.json"):
         assert check_deepspeed_config(shipped) == []
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": "auto", "offload_optimizer": {"device": "none"}}
+    mine = Path("mine.json")
+    mine.write_text(json.dumps({"zero_optimization": zero}))
+    assert check_deepspeed_config(mine) == []
+    mine.unlink()
     [fault] = faults(Path("x.yaml"), "deepspeed.config=zero2.json")
     assert "did you mean zero3.json?" in fault

@@ -1,5 +1,6 @@
 """From a recipe and the launcher's environment to ranks that agree on what they are."""
 
+import difflib
 import json
 import logging
 import os
@@ -74,6 +75,7 @@ def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     cuda = torch.cuda.is_available()
+    check_zero_settings(recipe)
     config = deepspeed_config(recipe, dtype, int(os.environ["WORLD_SIZE"]))
     accelerator = Accelerator(
         # The plugin and the backend are given here because the user's launch command need not name them. Without the
@@ -115,6 +117,21 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int) -> dic
     config["zero_optimization"]["memory_efficient_linear"] = False
     config["steps_per_print"] = 2**31 - 1
     return config
+
+
+def check_zero_settings(recipe: Recipe) -> None:
+    """Raises RecipeError for a setting of the DeepSpeed config's ZeRO section that the installed DeepSpeed lacks."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for key in json.loads(Path(recipe.deepspeed.config).read_text())["zero_optimization"]:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise RecipeError(
+                f"deepspeed.config: {recipe.deepspeed.config}: zero_optimization.{key}: DeepSpeed has no such setting"
+                f"{f', did you mean {near[0]}?' if near else ''}"
+            )
 
 
 def stop_ranks(ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ from lorasp.models.build import build_on_meta
 from lorasp.models.weights import Checkpoint, load_config, load_tokenizer
 from lorasp.recipe import Recipe, RecipeError, load_recipe
 from lorasp.run import claim_run_directory, compute_dtype, load_model
+from lorasp.zero.launch import check_zero_settings
 from tests.distributed.commands import TRAIN, Done, accelerate_on_two, python, run, torchrun_on_two
 from tests.distributed.launching import ROOT
 
@@ -178,6 +179,12 @@ def remove(*names: str):
             (work / name).unlink()
 
     return do
+
+
+def gpt2(work: Path) -> None:
+    """Its projections are transformers' Conv1D."""
+    small = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 261}
+    (work / "model" / "config.json").write_text(json.dumps({"model_type": "gpt2", **small}))
 
 
 def ds_config(**zero):
@@ -352,6 +359,16 @@ FAULTS = {
         [],
         "tensors 1 of a wrong shape: model.norm.weight is [7], expected [45]",
     ),
+    "nothing to adapt": (
+        gpt2,
+        [],
+        "adapter.target_modules: this model has no linear layer (nn.Linear) to adapt",
+    ),
+    "a matrix too small for its share": (
+        nothing,
+        ["selection.strategy=uniform", "selection.fraction=0.001", "adapter.rank=1"],
+        "selection.fraction: model.layers.0.self_attn.q_proj.A has 45 entries: too few to train 0.001 of them",
+    ),
     "target that matches nothing": (
         nothing,
         ["adapter.target_modules=[q_proj,qkv]"],
@@ -451,6 +468,14 @@ def test_bf16_is_refused_only_where_the_hardware_lacks_it(cuda, bf16, asked, exp
         assert line == "error: model.dtype: Tesla T4 has no bfloat16; set model.dtype=float32 (twice the memory)"
     else:
         assert compute_dtype(load_recipe(work / "tiny.yaml", [f"model.dtype={asked}"])) == expected
+
+
+def test_a_zero_setting_that_deepspeed_lacks_is_told(work, told):
+    ds_config(stage3_prefetch_bucket_sise=0)(work)
+    recipe = load_recipe(work / "tiny.yaml", ["deepspeed.config=mine.json"])
+    [line] = told(lambda: check_zero_settings(recipe))
+    assert "mine.json: zero_optimization.stage3_prefetch_bucket_sise: DeepSpeed has no such setting" in line
+    assert line.endswith("did you mean stage3_prefetch_bucket_size?")
 
 
 def test_a_fault_of_one_rank_alone_is_told_after_waiting_for_rank_0(told, monkeypatch):
