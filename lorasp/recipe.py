@@ -441,14 +441,6 @@ def check_deepspeed_config(path: Path) -> list[str]:
         for key, ours in _OWNED.items()
         if key in config
     ]
-    return faults
-
-
-def _drop_unknown(tree: dict[Any, Any], report: Report) -> None:
-    for name in [name for name in tree if name not in Recipe.model_fields]:
-        value = tree.pop(name)
-        if isinstance(value, dict) and value and not difflib.get_close_matches(str(name), _SECTIONS):
-            for key in value:  # `lora: {rank: 8}`: no section is meant, but its keys may be known
     offload = zero.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device", "none") != "none":
         faults.append(
@@ -461,9 +453,9 @@ def _drop_unknown(tree: dict[Any, Any], report: Report) -> None:
         for key in _auto_keys(config)
         if key not in _OWNED and key != "zero_optimization.stage3_prefetch_bucket_size"
     ]
-                report.add_unknown(f"{name}.{key}", _KEYS)
-        else:
-            report.add_unknown(str(name), _KEYS)
+    return faults
+
+
 def _auto_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, dict) and f"{prefix}{key}" not in _OWNED:
@@ -472,6 +464,14 @@ def _auto_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
+def _drop_unknown(tree: dict[Any, Any], report: Report) -> None:
+    for name in [name for name in tree if name not in Recipe.model_fields]:
+        value = tree.pop(name)
+        if isinstance(value, dict) and value and not difflib.get_close_matches(str(name), _SECTIONS):
+            for key in value:  # `lora: {rank: 8}`: no section is meant, but its keys may be known
+                report.add_unknown(f"{name}.{key}", _KEYS)
+        else:
+            report.add_unknown(str(name), _KEYS)
     for name, section in _SECTIONS.items():
         if isinstance(tree[name], dict):
             for key in [key for key in tree[name] if key not in _keys(section)]:
