@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lorasp.data.load import load_data
 from lorasp.recipe import Recipe, RecipeError, load_recipe
@@ -132,3 +133,19 @@ def test_paths_in_a_list_are_found_beside_the_recipe_and_missing_ones_are_told(t
     recipe.write_text(recipe.read_text().replace("a.jsonl", "c.jsonl"))
     with pytest.raises(RecipeError, match=r'x.yaml:3: data.train: "c.jsonl" does not exist .*did you mean'):
         load_recipe(recipe)
+
+
+def test_a_prompt_without_a_token_is_no_sample_to_answer(tmp_path):
+    """An empty one, where the tokenizer puts nothing before a text: the row is trained and scored, not answered."""
+    rows = [{"prompt": prompt, "completion": "yes"} for prompt in ("", "a", "b", "c")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(model={"path": "unused"}, data={"train": str(path), "held_out": str(path)})
+    with_bos, without = byte_tokenizer(), byte_tokenizer()
+    without.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert without("")["input_ids"] == [] != with_bos("")["input_ids"]
+    samples = load_data(recipe, without).samples(2)
+    assert [sample["prompt"] for sample in samples] == ["a", "b"]
+    assert [sample["prompt"] for sample in load_data(recipe, with_bos).samples(2)] == ["", "a"]
+    data = load_data(recipe, without)
+    assert [example.label_count for example in data.held_out.examples] == [3, 4, 4, 4]  # of yes and EOS

@@ -100,16 +100,21 @@ class RunData:
         return section
 
     def samples(self, count: int) -> list[dict[str, str]]:
-        """`prompt` and `expected` of the first held-out examples, to be answered before and after training."""
+        """`prompt` and `expected` of the first held-out examples, to be answered before and after training.
+
+        Not of a prompt without a token (an empty one, where the tokenizer puts no BOS before it): nothing follows it.
+        """
         if self.held_out is None:
             return []
-        wanted = [(part.rows, row) for part in self.held_out.parts for row in part.encoded.rows][:count]
         samples = []
-        for rows, row in wanted:
+        for rows, row in ((part.rows, row) for part in self.held_out.parts for row in part.encoded.rows):
+            if len(samples) == count:
+                break
             prompt, expected = first_response(self.tokenizer, rows, self.template, row)
             if rows.layout == "chat" and self.tokenizer.bos_token and self._adds_bos():
                 prompt = prompt.removeprefix(self.tokenizer.bos_token)  # the tokenizer puts it there again
-            samples.append({"prompt": prompt, "expected": expected})
+            if self.tokenizer(prompt)["input_ids"]:
+                samples.append({"prompt": prompt, "expected": expected})
         return samples
 
     def _adds_bos(self) -> bool:
@@ -181,8 +186,10 @@ def split_rows(sources: list[Rows], share: float, seed: int) -> tuple[list[Rows]
 
 
 def _report(part: Part) -> dict[str, Any]:
+    commit = {} if part.rows.commit is None else {"commit": part.rows.commit}
     return {
         "source": part.rows.source,
+        **commit,
         "digest": part.rows.digest,
         "layout": part.rows.layout,
         "rows": len(part.encoded.examples),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from lorasp.data.sources import Placed, read_source
+from lorasp.data.sources import Placed, hub_commit, read_source
 from lorasp.recipe import RecipeError, Source
 
 Layout = Literal["alpaca", "prompt_completion", "chat"]
@@ -39,6 +39,7 @@ class Rows:
     places: list[str]  # where rows[i] stands in its source, "row 17" or "line 17", for messages
     source: str
     dropped_empty: int = 0  # rows left out because their output is empty
+    commit: str | None = None  # of a hub data set: what its revision, such as `main`, was
 
     @cached_property
     def digest(self) -> str:
@@ -93,7 +94,7 @@ def read_rows(source: Source, *, layout: Layout | Literal["auto"], empty_output:
         )
     if not rows:
         raise RecipeError(f"{source.path}: has no rows left, the output of all {len(empty)} is empty")
-    return Rows(known, rows, places, source.path, len(empty))
+    return Rows(known, rows, places, source.path, len(empty), hub_commit(source))
 
 
 def _layout_of(value: object) -> Layout | None:

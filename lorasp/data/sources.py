@@ -65,6 +65,11 @@ def hub_snapshot(source: Source, *, download: bool) -> Path:
         ) from None
 
 
+def hub_commit(source: Source) -> str | None:
+    """The commit of the cached hub data set; None for a file."""
+    return hub_snapshot(source, download=False).name if is_on_hub(source) else None
+
+
 def read_source(source: Source) -> Placed:
     """All rows, or the first `source.limit`. A hub data set is read from the cache: `hub_snapshot` downloads it.
 

@@ -14,7 +14,8 @@ CACHED_ATTENTION = "sdpa"
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, format: str, input: str = "") -> list[int]:
     """The tokens of `text` as training saw prompts; format: as `FinishedRun.prompt_format` gives it.
 
-    input: the second field of Alpaca's rows. Raises RecipeError for "chat" where the tokenizer has no template.
+    input: the second field of Alpaca's rows. Raises RecipeError for "chat" where the tokenizer has no template, and
+    for a prompt that has no token.
     """
     if format == "chat":
         if not tokenizer.chat_template:
@@ -24,7 +25,12 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, format: str, in
     elif format != "none":
         text = format_prompt({"instruction": text, "input": input}, format)
     # Spaces before a response are the response's (see lorasp/data/examples.py), and a chat template writes BOS itself.
-    return tokenizer(text.rstrip(" "), add_special_tokens=format != "chat")["input_ids"]
+    tokens = tokenizer(text.rstrip(" "), add_special_tokens=format != "chat")["input_ids"]
+    if not tokens:
+        raise RecipeError(
+            "the prompt is empty, and this tokenizer puts no token before a text; give a word to begin with"
+        )
+    return tokens
 
 
 def generate_answer(

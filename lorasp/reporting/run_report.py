@@ -87,6 +87,7 @@ def build_report(
     scores: Sequence[Mapping[str, float]] = (),
     command: str | None = None,
     versions: Mapping[str, Any] | None = None,
+    model_commit: str | None = None,
 ) -> dict[str, Any]:
     """The report as plain data.
 
@@ -98,7 +99,7 @@ def build_report(
     `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and `exact_match` of each evaluation.
-    `command` and `versions` default to this process's.
+    `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
         "name": recipe["name"],
@@ -108,6 +109,7 @@ def build_report(
         "world_size": world_size,
         "device": device,
         "versions": dict(versions) if versions is not None else collect_versions(),
+        **({} if model_commit is None else {"model_commit": model_commit}),
         "parameters": dict(parameters),
         "phases": by_phase(ranks),
         "throughput": dict(throughput),
@@ -431,6 +433,8 @@ def _data_section(data: Mapping[str, Any]) -> list[str]:
 
 def _origin_section(report: Mapping[str, Any]) -> list[str]:
     rows = [(_words(name), _cell(_value(value))) for name, value in report["versions"].items()]
+    if "model_commit" in report:
+        rows.insert(0, (f"commit of {report['recipe']['model']['path']}", report["model_commit"]))
     return [
         "## What made this",
         f"```\n{report['command']}\n```",
