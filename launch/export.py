@@ -68,6 +68,8 @@ def main() -> int:
         return DIFFERS
     if difference is not None:
         console.info(f"verified: {difference}")
+        if difference.doubt is not None:
+            console.warn(difference.doubt)
     console.info(f"exported {export.out}")
     return 0
 

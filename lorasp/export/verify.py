@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +20,10 @@ from lorasp.quantization import ShardedLinear
 _PROMPT_TOKENS = 64
 _QUESTIONS = ("Name three trees.", "What is 12 times 12?", "Write a line about the sea.")
 # Of the largest logit. Sums in another order differ by about 1e-6 of it in fp32, whose bound leaves room for deep
-# models; a dtype's own rounding, at each weight and layer, by a few of its steps.
+# models; weights that were stored in another dtype differ by a few of its steps.
 _LEAST_TOLERANCE = 1e-4
 _ROUNDING_STEPS = 8
+_SHOWN = 0.25  # of the adapter's effect: a tolerance above it says little of the adapter
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ class Difference:
     scale: float
     effect: float
     tokens: int
+    has_adapter: bool = True
+
+    @property
+    def doubt(self) -> str | None:
+        """What the comparison leaves open, where the adapter's effect is not well above the tolerance."""
+        if self.tolerance <= _SHOWN * self.effect or not self.has_adapter:
+            return None
+        lost = "one that is lost" if self.effect <= self.tolerance else f"one {self.tolerance / self.effect:.0%} off"
+        return (
+            f"this verifies the base and proves little of the adapter, which moves logits by {self.effect:.3g} only: "
+            f"{lost} would pass as well"
+        )
 
     def __str__(self) -> str:
         return (
@@ -60,11 +74,12 @@ def compare(
 ) -> Difference:
     """The export's logits against those of the run's model, one model in memory at a time. Raises VerificationError.
 
-    dense: the adapter's base is the original one. stored: the dtype that the export rounded to.
+    Both compute in fp32 whatever the run did: the rounding of bf16 would hide the adapter of a short run. dense: the
+    adapter's base is the original one. stored: the dtype that a merged model's weights were rounded to.
     """
     prompts = _prompts(run, tokenizer, device)
-    computed = torch.float32 if dense else run.dtype
-    ours = run.load(device, dense=dense, dtype=computed)
+    ours = run.load(device, dense=dense, dtype=torch.float32 if dense else None)
+    _compute_in_fp32(ours, run, device)
     expected = [_our_logits(ours, ids) for ids in prompts]
     for linear in adapted_linears(ours):
         linear.scale = 0.0
@@ -74,17 +89,32 @@ def compare(
     theirs = _load_export(run, directory, kind, adapter, device)
     found = [_logits(theirs, ids) for ids in prompts]
     scale = max(logits.abs().max().item() for logits in expected)
-    step = max(torch.finfo(dtype).eps for dtype in (computed, stored))
+    rounded = [torch.float32]
+    if kind == "merged":
+        rounded += [stored] if dense else [stored, run.dtype]  # dequantized in the run's precision
+    step = max(torch.finfo(dtype).eps for dtype in rounded)
     difference = Difference(
         largest=_largest_difference(expected, found),
         tolerance=max(_LEAST_TOLERANCE, _ROUNDING_STEPS * step) * scale,
         scale=scale,
         effect=_largest_difference(expected, without),
         tokens=sum(ids.shape[1] for ids in prompts),
+        has_adapter=run.saved is not None,
     )
     if not difference.largest <= difference.tolerance:
         raise VerificationError(f"loaded back, the export differs from the run's model: {difference}")
     return difference
+
+
+def _compute_in_fp32(model: CausalLM, run: FinishedRun, device: torch.device) -> None:
+    """The base stays as it was rounded and quantized in the run's precision; the adapter's values are those saved."""
+    model.float()
+    for module in model.modules():
+        if isinstance(module, ShardedLinear):
+            module.dtype = torch.float32
+    if run.saved is not None:
+        run.saved.apply(model)
+    model.to(device)
 
 
 def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
@@ -94,8 +124,8 @@ def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
 
 def _prompts(run: FinishedRun, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[Tensor]:
     template = run.recipe.data.template
-    texts = [sample["prompt"] for sample in run.report.get("samples", [])][:3]
-    texts = texts or [format_prompt({"instruction": question, "input": ""}, template) for question in _QUESTIONS]
+    texts = [sample["prompt"] for sample in run.report.get("samples", []) if tokenizer(sample["prompt"])["input_ids"]]
+    texts = texts[:3] or [format_prompt({"instruction": question, "input": ""}, template) for question in _QUESTIONS]
     return [torch.tensor([tokenizer(text)["input_ids"][-_PROMPT_TOKENS:]], device=device) for text in texts]
 
 
@@ -104,11 +134,15 @@ def _load_export(run: FinishedRun, directory: Path, kind: str, adapter: Path, de
     common = {"device_map": str(device), "trust_remote_code": trust}
     if kind == "merged":
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **common)
-    elif kind == "bnb4bit":
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=run.dtype, **common)
     else:
-        model = AutoModelForCausalLM.from_pretrained(run.base, dtype=run.dtype, **common)
-        if run.quantized and not run.base_is_packed:
+        base = directory if kind == "bnb4bit" else run.base
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=run.dtype, **common)
+        for module in model.modules():
+            module._apply(_to_fp32, recurse=False)  # the model's own .float() refuses 4-bit modules
+            if isinstance(module, Linear4bit):
+                module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+                module.compute_type_is_set = True
+        if kind == "peft" and run.quantized and not run.base_is_packed:
             _dequantize_into(model, run, device)
     # bitsandbytes repacks 4-bit weights for inference on CPUs with AVX512-BF16: it rounds their scales to bf16, and
     # refuses sizes that 32 does not divide. Not where gradients flow, and what is compared is the file.
@@ -120,12 +154,17 @@ def _load_export(run: FinishedRun, directory: Path, kind: str, adapter: Path, de
     return model.eval()
 
 
+def _to_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 @torch.no_grad()
 def _dequantize_into(model: PreTrainedModel, run: FinishedRun, device: torch.device) -> None:
     """Gives the stock model the base that the adapter was trained on, whatever the format and block size."""
     for unit in filled_units(run.build_on_meta().model, Checkpoint(run.base), device=device):
         for name, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
             if isinstance(module, ShardedLinear):
+                module.dtype = torch.float32  # no rounding of what the codes, quantized by now, stand for
                 model.get_submodule(name).weight.copy_(module.dense_weight())
         unit.module.to("meta")
 

@@ -23,6 +23,7 @@ from lorasp.recipe import RecipeError
 from lorasp.reporting.console import Console
 
 ADAPTER_BESIDE = "adapter"  # where bnb4bit puts the adapter; in one directory transformers would load both by itself
+_WRITING = ".export.writing"
 # What a model's directory holds beside weights and configuration; the base's licence binds what is derived from it.
 _COPIED = (
     "tokenizer*",
@@ -71,7 +72,8 @@ def write_export(run: FinishedRun, export: Export, console: Console) -> Differen
             elif export.kind == "bnb4bit":
                 write_packed(beside, run, model, device, progress.advance)
                 (beside / ADAPTER_BESIDE).mkdir()
-                write_peft(beside / ADAPTER_BESIDE, run, model, str(export.out.resolve()))
+                # Not this machine's path: the two directories travel together.
+                write_peft(beside / ADAPTER_BESIDE, run, model, "..")
             else:
                 _read_whole_base(run, model)
                 write_peft(beside, run, model, run.base_name)
@@ -108,10 +110,13 @@ def _check_request(run: FinishedRun, export: Export) -> None:
         )
     if export.verify and export.kind != "merged" and util.find_spec("peft") is None:
         raise RecipeError("--verify loads the adapter with peft, which is not installed: pip install peft")
-    if export.out.exists() and not export.out.is_dir():
-        raise RecipeError(f"--out: {export.out} is a file, not a directory")
-    if export.out.is_dir() and any(export.out.iterdir()):
-        raise RecipeError(f"--out: {export.out} exists and is not empty; remove it or name another --out")
+    try:
+        if export.out.exists() and not export.out.is_dir():
+            raise RecipeError(f"--out: {export.out} is a file, not a directory")
+        if export.out.is_dir() and any(path.name != _WRITING for path in export.out.iterdir()):
+            raise RecipeError(f"--out: {export.out} exists and is not empty; remove it or name another --out")
+    except OSError as error:
+        raise RecipeError(_unwritable(export.out, error)) from None
 
 
 def _bytes(run: FinishedRun, export: Export, model: CausalLM, dtype: torch.dtype) -> int:
@@ -125,15 +130,19 @@ def _bytes(run: FinishedRun, export: Export, model: CausalLM, dtype: torch.dtype
 def _appearing_whole(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` at the end, and is removed if there is no such end.
 
-    Raises RecipeError if it cannot be made or the disk is too full for it.
+    An empty directory that is there already stays the one that it is, as it may be somebody's working directory or a
+    mount point: the export is written within and moved up at the end. Raises RecipeError if it cannot be made or the
+    disk is too full for it.
     """
-    beside = out.with_name(f".{out.name}.writing")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        place = out.resolve()  # a link becomes what it points to
+        within = place.is_dir()
+        beside = place / _WRITING if within else place.with_name(f".{place.name}.writing")
+        beside.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
         beside.mkdir()
-    except OSError as error:
-        raise RecipeError(f"--out: {out} cannot be written ({error.strerror}); name another --out") from None
+    except (OSError, RuntimeError) as error:  # the latter for a link to itself
+        raise RecipeError(_unwritable(out, error)) from None
     try:
         free = shutil.disk_usage(beside).free
         if needed_bytes > free:
@@ -142,9 +151,17 @@ def _appearing_whole(out: Path, needed_bytes: int) -> Iterator[Path]:
                 f"space, name an --out on another disk, or export --to peft, which is small"
             )
         yield beside
-        beside.replace(out)
+        if within:
+            for path in beside.iterdir():
+                path.replace(place / path.name)
+        else:
+            beside.replace(place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _unwritable(out: Path, error: Exception) -> str:
+    return f"--out: {out} cannot be written ({getattr(error, 'strerror', None) or error}); name another --out"
 
 
 def _read_whole_base(run: FinishedRun, model: CausalLM) -> None:
