@@ -89,8 +89,8 @@ def check_libraries() -> str:
     return ", ".join(found)
 
 
-def run_checks(ranks: "Ranks", recipe: "Recipe") -> list[Outcome]:
-    """All checks that need ranks, in the order in which a fault of one explains those after it. Collective."""
+def checks_on_ranks(ranks: "Ranks", recipe: "Recipe") -> list[tuple[str, Callable[[], str], str]]:
+    """Name, check and advice of all that need ranks, in the order in which a fault of one explains those after it."""
     import torch
 
     # References are only as good as this: some containers turn TF32 on, which keeps 10 bits.
@@ -102,7 +102,7 @@ def run_checks(ranks: "Ranks", recipe: "Recipe") -> list[Outcome]:
     reinstall = "install bitsandbytes anew for this device: pip install --force-reinstall --no-deps bitsandbytes"
     ours = "please report this, with what --json FILE writes"
     versions = "compare the versions of torch, deepspeed and accelerate with those that pyproject.toml names"
-    checks: list[tuple[str, Callable[[], str], str]] = [
+    return [
         ("device", lambda: check_device(ranks), a_rank_a_gpu),
         ("collectives", lambda: check_collectives(ranks), network),
         ("memory counters", lambda: check_memory_counters(device), counters),
@@ -112,22 +112,18 @@ def run_checks(ranks: "Ranks", recipe: "Recipe") -> list[Outcome]:
         ("loss", lambda: check_loss(device), ours),
         ("ZeRO-3 shards", lambda: check_shards(ranks, recipe), versions),
     ]
-    return [run_check(*check) for check in checks]
 
 
-def over_ranks(by_rank: Sequence[Sequence[Outcome]]) -> list[Outcome]:
-    """One outcome a check from those of all ranks: passed if on every rank; the first that failed speaks for all."""
-    merged = []
-    for outcomes in zip(*by_rank, strict=True):
-        failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if not outcome.passed]
-        seconds = max(outcome.seconds for outcome in outcomes)
-        spoken, found = outcomes[0], outcomes[0].found
-        if failed:
-            rank, spoken = failed[0]
-            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            found = f"rank {rank}{others}: {spoken.found}" if len(by_rank) > 1 else spoken.found
-        merged.append(Outcome(spoken.name, not failed, found, spoken.advice, seconds))
-    return merged
+def over_ranks(outcomes: Sequence[Outcome]) -> Outcome:
+    """A check's outcome from those of all ranks: passed if on every rank; the first that failed speaks for all."""
+    failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if not outcome.passed]
+    seconds = max(outcome.seconds for outcome in outcomes)
+    spoken, found = outcomes[0], outcomes[0].found
+    if failed:
+        rank, spoken = failed[0]
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        found = f"rank {rank}{others}: {spoken.found}" if len(outcomes) > 1 else spoken.found
+    return Outcome(spoken.name, not failed, found, spoken.advice, seconds)
 
 
 def check_device(ranks: "Ranks") -> str:

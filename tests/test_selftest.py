@@ -145,8 +145,8 @@ def test_a_check_that_raises_is_an_outcome_with_advice():
 
 def test_one_rank_that_fails_speaks_for_all():
     good, bad = Outcome("a", True, "fine", "", 1.0), Outcome("a", False, "broken", "mend it", 2.0)
-    assert over_ranks([[good], [bad], [bad]]) == [Outcome("a", False, "rank 1 (and 1 more): broken", "mend it", 2.0)]
-    assert over_ranks([[good], [good]]) == [good]
+    assert over_ranks([good, bad, bad]) == Outcome("a", False, "rank 1 (and 1 more): broken", "mend it", 2.0)
+    assert over_ranks([good, good]) == good
 
 
 def test_the_script_tells_of_a_missing_library_without_importing_it(tmp_path):
@@ -181,6 +181,9 @@ def test_all_is_right_on_real_ranks(ranks, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAILED"))]
     assert [line[7:24].strip() for line in told] == CHECKS  # once, from rank 0
+    # Each was named before it ran.
+    begun = [line[7:].strip() for line in done.stdout.splitlines() if line.startswith("...")]
+    assert begun == CHECKS
     content = json.loads(written.read_text())
     assert content["passed"] and content["world_size"] == ranks
     assert [check["name"] for check in content["checks"]] == CHECKS
@@ -207,6 +210,33 @@ def test_a_kernel_that_is_broken_on_one_rank_alone_fails_the_launch(tmp_path):
     assert "FAILED nf4 kernels      rank 1: nf4 dequantized on cpu" in done.stdout
     assert "-> install bitsandbytes anew" in done.stdout
     assert "ok     collectives" in done.stdout and "ok     loss" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_check_that_hangs_on_one_rank_is_named_at_once_and_fails_in_the_end(tmp_path):
+    """Rank 1 never ends its adapter check; rank 0 waits for it as long as a collective may take, here 5 s."""
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        f"import os, sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'launch')!r}]\n"
+        "import lorasp.selftest as lorasp_selftest, selftest\n"
+        "selftest._COLLECTIVE_SECONDS = 5\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    lorasp_selftest.check_adapter = lambda device: time.sleep(600)\n"
+        "sys.exit(selftest.main())\n"
+    )
+    done = launch(2, script, timeout=120)
+    assert done.returncode != 0
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("...", "ok ", "FAILED"))]
+    assert lines[-2] == "...    adapter" and lines[-3].startswith("ok     fp4 kernels")
+    assert lines[-1].startswith("FAILED ranks in step    adapter: passed on rank 0; no answer from another rank (")
+    assert "9 checks failed" not in done.stdout and "1 of 8 checks failed" in done.stdout
+
+
+def test_a_place_for_the_json_that_is_not_there_is_told_before_the_checks(tmp_path):
+    command = [sys.executable, SCRIPT, "--json", tmp_path / "nowhere" / "selftest.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"selftest.py: error: --json: {tmp_path}/nowhere is no directory"
 
 
 def test_help_shows_how_to_launch_it(capsys, monkeypatch):
