@@ -19,10 +19,12 @@ def main() -> int:
 
     # The recipe is known to be good before anything heavy is imported.
     from lorasp.accounting import held_bytes
+    from lorasp.checkpoint import load_adapter
     from lorasp.data.batches import training_batches
     from lorasp.data.load import load_data
-    from lorasp.models.weights import load_tokenizer
-    from lorasp.rehearsal import rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
+    from lorasp.models.weights import hub_commit, load_tokenizer
+    from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
+    from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
     from lorasp.run import (
         answer_samples,
@@ -60,7 +62,15 @@ def main() -> int:
     with log.phase("load"):
         loaded = load_model(recipe, directory, ranks, dtype)
         engine = Engine(ranks, loaded.model, training)
+        if recipe.adapter.init_from is not None:  # what a bf16 model holds of it is rounded
+            engine.set_trained_values(load_adapter(recipe.adapter.init_from, recipe).trained_values(loaded.model))
         log.model_loaded(asdict(loaded.counts), lambda: held_bytes(loaded.model, engine))
+        log.recomputes(loaded.model.model.config, dtype, loaded.recomputation, loaded.fallback)
+
+    if loaded.start is not None and loaded.start.dtype != str(dtype).removeprefix("torch."):
+        log.console.warn(
+            f"adapter.init_from: it was trained in {loaded.start.dtype}, its base is rounded to {dtype} here"
+        )
 
     samples = data.samples(recipe.evaluation.samples)
 
@@ -71,7 +81,7 @@ def main() -> int:
             log.scored(step, held_out)
 
     def answer(when: str) -> None:
-        with log.phase("evaluate"):
+        with log.phase("evaluate", ANSWERING):
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
 
     saved_at: list[int] = []
@@ -89,13 +99,16 @@ def main() -> int:
             rehearse_step(engine, largest, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
         with log.phase("rehearse_evaluate"):
             if data.held_out is not None:
-                together = max(recipe.evaluation.micro_batch_size, len(samples))  # samples are answered all at once
-                largest = worst_batch(data.held_out.examples, together)
+                largest = worst_batch(data.held_out.examples, recipe.evaluation.micro_batch_size)
                 rehearse_evaluation(engine, largest, ranks.device)
+        with log.phase("rehearse_evaluate", ANSWERING):
+            prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
+            rehearse_answers(engine, prompts, recipe.evaluation.max_new_tokens, ranks.device)
         with log.phase("rehearse_save"):
             rehearse_save(
                 run_dir,
                 lambda path: save_result(path, recipe, loaded, engine, tokenizer, 0, writes=ranks.is_main),
+                replaces=(training.save_every or order.total_steps) < order.total_steps,
                 is_main=ranks.is_main,
             )
         log.rehearsed()
@@ -143,6 +156,7 @@ def main() -> int:
         optimizer_state_bytes=engine.optimizer_state_bytes(),
         data=data.report(),
         samples=samples,
+        model_commit=hub_commit(directory, recipe.model),
     )
     stop_ranks(ranks)
     return 0 if status == "finished" else STOPPED

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasp.hashing import random_uniform, stream_key
@@ -73,60 +72,47 @@ class AdaptedLinear(ShardedLinear):
         """B⊙S, [out, r] in the compute dtype."""
         return self.B_selection.expand(self.B.data, self.B_bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        return _AdaptedLinearFunction.apply(x, dropped, self.A, self.B, self.bias, self)
+    needs_input = True  # for the gradients of A and B
+
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        return self.A, self.B
+
+    def draw_dropout(self) -> int | None:
+        """From torch's CPU generator, on the host: a mask is drawn again in backward, not kept."""
+        return int(torch.randint(2**62, ())) if self.training and self.dropout else None
+
+    def project(self, rows: Tensor, seed: int | None = None) -> Tensor:
+        """rows [tokens, in] -> [tokens, out]: base and adapter in one, the update added in place."""
+        y = super().project(rows)
+        dropped = rows if seed is None else rows * self._dropout_mask(rows, seed)
+        return y.addmm_(dropped @ self.dense_A().t(), self.dense_B().t(), alpha=self.scale)
+
+    def backward(
+        self, rows: Tensor, grad: Tensor, seed: int | None = None, into: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(gradient of `rows`, [of A, of B]); x·Aᵀ is made again, r/out of the base's product."""
+        A, B = self.dense_A(), self.dense_B()
+        mask = None if seed is None else self._dropout_mask(rows, seed)
+        dropped = rows if mask is None else rows * mask
+        grad_low_rank = (grad @ B).mul_(self.scale)
+        grad_A = self.A_selection.select(grad_low_rank.t() @ dropped, self.A_bits)
+        low_rank = (dropped @ A.t()).mul_(self.scale)
+        grad_B = self.B_selection.select(grad.t() @ low_rank, self.B_bits)
+        del dropped
+        grad_rows = self._backward_of_base(grad, into)
+        if mask is None:
+            grad_rows.addmm_(grad_low_rank, A)
+        else:
+            grad_rows.addcmul_(grad_low_rank @ A, mask)
+        return grad_rows, [grad_A, grad_B]
+
+    def _dropout_mask(self, rows: Tensor, seed: int) -> Tensor:
+        """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        return torch.empty_like(rows).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trained={self.A_selection.count}+{self.B_selection.count}"
-
-
-class _AdaptedLinearFunction(torch.autograd.Function):
-    """Base and adapter in one: the update is added in place, and nothing that ZeRO-3 gathered is saved.
-
-    Saves x (or its dropped copy), which gradients of A and B need. x·Aᵀ is made again in backward: r/out of the
-    base's product.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, bias: Tensor | None, module) -> Tensor:
-        adapter_input = x if dropped is None else dropped
-        ctx.module, ctx.dropped = module, dropped is not None
-        ctx.save_for_backward(adapter_input)
-        y = F.linear(x, module.dense_weight(), bias)
-        low_rank = _rows(adapter_input) @ module.dense_A().t()
-        _rows(y).addmm_(low_rank, module.dense_B().t(), alpha=module.scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        module, (adapter_input,) = ctx.module, ctx.saved_tensors
-        A, B = module.dense_A(), module.dense_B()
-        rows, inputs = _rows(grad), _rows(adapter_input)
-        grad_low_rank = (rows @ B).mul_(module.scale)
-        grad_A = grad_B = grad_dropped = None
-        if ctx.needs_input_grad[2]:
-            grad_A = module.A_selection.select(grad_low_rank.t() @ inputs, module.A_bits)
-        if ctx.needs_input_grad[3]:
-            low_rank = (inputs @ A.t()).mul_(module.scale)
-            grad_B = module.B_selection.select(rows.t() @ low_rank, module.B_bits)
-        grad_x = grad @ module.dense_weight() if ctx.needs_input_grad[0] else None
-        if ctx.dropped:
-            grad_dropped = (grad_low_rank @ A).view(adapter_input.shape) if ctx.needs_input_grad[1] else None
-        elif grad_x is not None:
-            _rows(grad_x).addmm_(grad_low_rank, A)
-        return grad_x, grad_dropped, grad_A, grad_B, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., n] -> [tokens, n], a view wherever x is contiguous."""
-    if not linears:
-        raise RecipeError(
-            "adapter.target_modules: this model has no linear layer (nn.Linear) to adapt; GPT-2's, for one, are of "
-            "another kind (Conv1D)"
-        )
-    return x.reshape(-1, x.shape[-1])
 
 
 def find_targets(linears: dict[str, nn.Linear], target_modules: str | list[str]) -> set[str]:
@@ -135,6 +121,11 @@ def find_targets(linears: dict[str, nn.Linear], target_modules: str | list[str])
     `all-linear` takes all; otherwise each entry matches a module's last name (`q_proj`), its whole name, or a pattern
     (`*.layers.0.*`). Raises RecipeError if an entry matches nothing, listing what there is.
     """
+    if not linears:
+        raise RecipeError(
+            "adapter.target_modules: this model has no linear layer (nn.Linear) to adapt; GPT-2's, for one, are of "
+            "another kind (Conv1D)"
+        )
     if target_modules == "all-linear":
         return set(linears)
     found: set[str] = set()

@@ -174,35 +174,66 @@ class ShardedLinear(nn.Module):
             state2=second,
         )
 
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that `backward` gives gradients of, in its order."""
+        return tuple(p for p in (getattr(self, "weight", None), self.bias) if p is not None and p.requires_grad)
+
+    def draw_dropout(self) -> int | None:
+        """The seed of a fresh dropout mask on the adapter's input; None where nothing is dropped."""
+        return None
+
+    # What autograd functions of several linears are made of. They see no graph: plain tensors in, plain tensors out.
+
+    def project(self, rows: Tensor, seed: int | None = None) -> Tensor:
+        """rows [tokens, in] -> [tokens, out], new memory. seed: see `draw_dropout`."""
+        return F.linear(rows, self.dense_weight(), self.bias)
+
+    def backward(
+        self, rows: Tensor | None, grad: Tensor, seed: int | None = None, into: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(gradient of `rows` [tokens, in], those of `trained()`) from `grad` [tokens, out].
+
+        rows may be None where `needs_input` is false. into: a gradient of the same rows, by another linear, to which
+        this one's is added in place.
+        """
+        gradients = [grad.sum(0) if parameter is self.bias else grad.t() @ rows for parameter in self.trained()]
+        return self._backward_of_base(grad, into), gradients
+
+    def _backward_of_base(self, grad: Tensor, into: Tensor | None) -> Tensor:
+        weight = self.dense_weight()
+        return grad @ weight if into is None else into.addmm_(grad, weight)
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether `backward` needs the rows that went in."""
+        return bool(self.trained())
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return _ShardedLinearFunction.apply(x, getattr(self, "weight", None), self.bias, self)
+        return _ProjectionFunction.apply(x, self, self.draw_dropout(), *self.trained())
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, base={self.quantization.format}, dtype={self.dtype}"
 
 
-class _ShardedLinearFunction(torch.autograd.Function):
-    """`weight` and `bias` are arguments only so that autograd sees them when they are trained (`method: full`)."""
+class _ProjectionFunction(torch.autograd.Function):
+    """One linear. Saves its input where gradients of trained parameters need it, and nothing that ZeRO-3 gathered.
+
+    The trained parameters are arguments only so that autograd sees them.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, module: ShardedLinear) -> Tensor:
-        ctx.module = module
-        if weight is not None and weight.requires_grad:
-            ctx.save_for_backward(x)
-        return F.linear(x, module.dense_weight(), bias)
+    def forward(ctx, x: Tensor, module: ShardedLinear, seed: int | None, *trained: Tensor) -> Tensor:
+        ctx.module, ctx.seed, ctx.shape = module, seed, x.shape
+        ctx.save_for_backward(x if module.needs_input else None)
+        return module.project(x.reshape(-1, x.shape[-1]), seed).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_x = grad @ ctx.module.dense_weight() if ctx.needs_input_grad[0] else None
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            (x,) = ctx.saved_tensors
-            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        (x,) = ctx.saved_tensors
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        grad_x, gradients = ctx.module.backward(rows, grad.reshape(-1, grad.shape[-1]), ctx.seed)
+        return grad_x.view(ctx.shape), None, None, *gradients
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, trained: bool = False) -> nn.Parameter:

@@ -196,7 +196,10 @@ class Training(_Section):
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
-    activation_checkpointing: Literal["layer", "none"] = "layer"
+    # What a layer keeps for backward, and so what backward computes again: see models/recompute.py and its
+    # kept_bytes_per_token. none: all; selective: no product is repeated; lean: gate and up are; layer: all are.
+    activation_checkpointing: Literal["none", "selective", "lean", "layer"] = "selective"
+    offload_activations: bool = False  # what is kept waits in the host's memory: for GPUs; not with `layer`
     log_every: Count = 10  # steps, as are the next two
     evaluate_every: Count | None = None
     save_every: Count | None = None
@@ -326,6 +329,11 @@ class Recipe(_Section):
                 ("training.global_batch_size", "training.micro_batch_size"),
                 f"{self.training.global_batch_size} is no multiple of training.micro_batch_size, "
                 f"{self.training.micro_batch_size}",
+            )
+        if self.training.offload_activations and self.training.activation_checkpointing == "layer":
+            yield (
+                ("training.offload_activations", "training.activation_checkpointing"),
+                "layer keeps its inputs where they cannot be moved; use activation_checkpointing: lean with it",
             )
         fraction = self.selection.fraction
         nearest = Fraction(fraction).limit_denominator(8)

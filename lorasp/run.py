@@ -12,12 +12,13 @@ from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from lorasp.accounting import ParameterCounts, count_parameters
-from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, save_adapter, save_model
+from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, replacing_whole, save_adapter, save_model
 from lorasp.data.load import RunData, download_data
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.held_out import HeldOutScore, score_held_out
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.causal_lm import CausalLM
+from lorasp.models.recompute import set_recomputation
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.zero.engine import Engine
@@ -99,13 +100,16 @@ def fetch_data(recipe: Recipe, ranks: Ranks) -> None:
 class LoadedModel:
     """A sharded model, its counts, the digest of the base weights that it was made of, and the adapter it starts from.
 
-    start: None where training starts from the base.
+    start: None where training starts from the base. recomputation: the activation policy in force, which is not the
+    recipe's where `fallback` tells why.
     """
 
     model: CausalLM
     counts: ParameterCounts
     base_digest: str
     start: AdapterInfo | None
+    recomputation: str
+    fallback: str | None
 
 
 def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype) -> LoadedModel:
@@ -133,10 +137,8 @@ def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype
     dist.broadcast_object_list(digest, 0, device=ranks.device)
     if saved is not None:
         saved.check_base(digest[0])
-    if recipe.training.activation_checkpointing == "layer":
-        # Not reentrant: the recomputation runs inside backward, where its gather serves the gradient as well.
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LoadedModel(model, counts, digest[0], saved.info if saved else None)
+    policy, fallback = set_recomputation(model.model, recipe.training.activation_checkpointing)
+    return LoadedModel(model, counts, digest[0], saved.info if saved else None, policy, fallback)
 
 
 def save_result(
@@ -162,11 +164,12 @@ def save_result(
         )
         save_adapter(run_dir / "adapter", info, loaded.model, values, writes=writes)
         return run_dir / "adapter"
-    save_model(run_dir / "model", values, compute_dtype(recipe), prefix="model.", writes=writes)
-    if writes:
-        with contextlib.redirect_stdout(io.StringIO()):
-            loaded.model.model.config.save_pretrained(run_dir / "model")
-            tokenizer.save_pretrained(run_dir / "model")
+    with replacing_whole(run_dir / "model", writes=writes) as directory:
+        save_model(directory, values, compute_dtype(recipe), prefix="model.", writes=writes)
+        if writes:
+            with contextlib.redirect_stdout(io.StringIO()):
+                loaded.model.model.config.save_pretrained(directory)
+                tokenizer.save_pretrained(directory)
     return run_dir / "model"
 
 

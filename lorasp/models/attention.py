@@ -32,6 +32,23 @@ def attend_within_examples(
     """
     if softcap is not None or kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} caps its attention logits or uses sinks, which is not supported")
+    outputs = attend_each(
+        query, key, value, example_lengths, scaling=scaling, dropout=dropout, sliding_window=sliding_window
+    )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    example_lengths: tuple[int, ...],
+    *,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> list[Tensor]:
+    """The output of each example, [1, heads, its tokens, d]. Without lengths the row is one example."""
     lengths = example_lengths or (query.shape[2],)
     outputs = []
     for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
@@ -43,7 +60,7 @@ def attend_within_examples(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return outputs
 
 
 # Registered as attention only: for an implementation that it has no mask for, transformers makes none.

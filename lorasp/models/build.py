@@ -69,7 +69,7 @@ def build_on_meta(
             module.B.requires_grad_(True)
     # The first layer's input must carry a gradient: a ZeRO-3 leaf whose input has none fails in backward.
     model.enable_input_require_grads()
-    return CausalLM(model)
+    return CausalLM(model, offload_activations=recipe.training.offload_activations)
 
 
 def units(model: PreTrainedModel) -> Iterator[Unit]:

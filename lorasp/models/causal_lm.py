@@ -1,5 +1,7 @@
 """A Hugging Face decoder with a head that never returns the logits of a batch."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,11 +109,15 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class CausalLM(nn.Module):
-    """A Hugging Face causal language model, of which only the positions asked for reach the head."""
+    """A Hugging Face causal language model, of which only the positions asked for reach the head.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    offload_activations: what the decoder keeps for backward waits in the host's memory (on a CPU it is there already).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, offload_activations: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.offload_activations = offload_activations
         head = model.get_output_embeddings()
         model.set_output_embeddings(Head(head.weight, head.bias))
 
@@ -130,11 +136,15 @@ class CausalLM(nn.Module):
         returns for them.
         """
         decoder = self.model.get_decoder()
-        hidden = decoder(
-            # A passed attention mask, even of ones, or a cache would make examples attend to each other.
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,
-            example_lengths=example_lengths,
-        )[0]
+        kept = contextlib.nullcontext()
+        if self.offload_activations:
+            kept = torch.autograd.graph.save_on_cpu(pin_memory=input_ids.is_cuda)
+        with kept:
+            hidden = decoder(
+                # A passed attention mask, even of ones, or a cache would make examples attend to each other.
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                example_lengths=example_lengths,
+            )[0]
         return self.model.get_output_embeddings()(hidden[0, positions], labels, score)

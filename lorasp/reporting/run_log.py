@@ -8,17 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed as dist
+from transformers import PreTrainedConfig
 
 from lorasp.evaluation.held_out import HeldOutScore
 from lorasp.memory import MemoryMeter, gib
+from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
 from lorasp.reporting.run_report import build_report, format_peaks, rank_phases, write_report
 from lorasp.reporting.tensorboard import memory_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
-from lorasp.trainer import LogPoint
+from lorasp.trainer import LogPoint, NonFiniteLoss
 from lorasp.zero.launch import Ranks
 
 
@@ -43,21 +46,24 @@ class RunLog:
         self._progress = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, task: str | None = None) -> Iterator[None]:
         """Measures the peak of what runs within; phases nest, and one that is entered again keeps its highest peak.
 
-        Raises RecipeError with this table and advice where the phase runs out of memory.
+        task: what of the phase runs, for the advice. Trackers are closed where an error ends the run. Raises
+        RecipeError with this table and advice where the phase runs out of memory.
         """
         try:
             with self._meter.phase(name), self._marked(name):
                 yield
             self._mark()  # the phase around this one goes on
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, NonFiniteLoss):  # after which the run saves and reports
+                self._trackers.close()  # the process ends with no clean-up of the interpreter's
             if not is_out_of_memory(error):
                 raise
             raise RecipeError(
                 describe_out_of_memory(
-                    error, name, self._recipe, self._ranks.rank, self._meter.peaks, self._count_held()
+                    error, name, self._recipe, self._ranks.rank, self._meter.peaks, self._count_held(), task
                 )
             ) from error
         self._held[name] = self._count_held()
@@ -86,6 +92,19 @@ class RunLog:
             f"model: {parameters['total']:,} parameters, {parameters['trained']:,} trained; base "
             f"{self._recipe.quantization.format}, {count_held()['base_shard'] / 2**20:.1f} MiB of it on rank 0"
         )
+
+    def recomputes(self, config: PreTrainedConfig, dtype: torch.dtype, policy: str, fallback: str | None) -> None:
+        """Tells the activation policy in force, what it keeps, and why it is not the one asked for (`fallback`)."""
+        if fallback:
+            asked = self._recipe.training.activation_checkpointing
+            self.console.warn(f"activation_checkpointing={asked} is {policy} here: {fallback}")
+        kept = kept_bytes_per_token(policy, config, dtype.itemsize)
+        if kept is None:
+            self.console.info(f"activations: {policy}, all that autograd keeps")
+        else:
+            self.console.info(
+                f"activations: {policy} keeps {kept:,} bytes a token in each of {config.num_hidden_layers} layers"
+            )
 
     def rehearsed(self) -> None:
         """Tells the rehearsal's peaks of every rank. Collective."""
@@ -146,6 +165,7 @@ class RunLog:
         optimizer_state_bytes: int,
         data: dict[str, Any],
         samples: list[dict[str, str]],
+        model_commit: str | None = None,
     ) -> None:
         """Writes report.json and report.md, and prints the answers and every rank's peaks. Collective."""
         phases = self._gather(rank_phases(self._ranks.rank, self._meter.peaks, self._held))
@@ -168,6 +188,7 @@ class RunLog:
             status=status,
             timeline=timeline,
             scores=self._scores,
+            model_commit=model_commit,
         )
         path = write_report(self._run_dir, report)
         for sample in samples:
