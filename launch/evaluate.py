@@ -23,7 +23,8 @@ def main() -> int:
 
     from lorasp.accounting import held_bytes
     from lorasp.data.load import load_data
-    from lorasp.models.weights import load_tokenizer
+    from lorasp.models.weights import hub_commit, load_tokenizer
+    from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
     from lorasp.run import (
         answer_samples,
@@ -59,6 +60,7 @@ def main() -> int:
     when = "after" if step else "before"
     with log.phase("evaluate"):
         held_out = score(engine, data, recipe.evaluation, ranks)
+    with log.phase("evaluate", ANSWERING):
         answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
     log.scored(step, held_out)
     log.finish(
@@ -67,6 +69,7 @@ def main() -> int:
         optimizer_state_bytes=engine.optimizer_state_bytes(),
         data=data.report(),
         samples=samples,
+        model_commit=hub_commit(directory, recipe.model),
     )
     stop_ranks(ranks)
     return 0

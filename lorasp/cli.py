@@ -12,6 +12,7 @@ from lorasp.recipe import Recipe, RecipeError, load_recipe
 
 BAD_INPUT = 2
 STOPPED = 3
+INTERRUPTED = 130  # Ctrl-C, as shells have it
 _OTHERS_WAIT_SECONDS = 10
 _LAUNCHER_ENDS_RANKS_SECONDS = 3
 
@@ -47,9 +48,15 @@ def refuse_several_processes() -> None:
 
 
 def run_reporting_errors(main: Callable[[], int]) -> int:
-    """Runs `main`; a RecipeError, or a full disk, becomes a sentence on stderr and exit code 2. For `sys.exit(…)`."""
+    """Runs `main`; a RecipeError, or a full disk, becomes a sentence on stderr and exit code 2. For `sys.exit(…)`.
+
+    Ctrl-C ends it without a word.
+    """
     try:
         return main()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
     except Exception as error:
         fault = _fault_of_the_user(error)
         if fault is None:

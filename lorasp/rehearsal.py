@@ -1,8 +1,8 @@
 """What would fail at minute 40 fails at minute 1: the worst step, evaluation and save of the run, before the first.
 
 Every rank runs the largest micro batch that the data allows, with the most labels, forward, backward and through the
-optimizer; then the largest evaluation batch; then saves to a directory that is removed. Weights, optimizer and random
-numbers are afterwards what they were, bit for bit.
+optimizer, twice; then the largest evaluation batch, and all samples at their longest; then saves to a directory that
+is removed. Weights, optimizer and random numbers are afterwards what they were, bit for bit.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from lorasp.data.batches import Batch, TrainingStep, collate
 from lorasp.data.examples import Example
+from lorasp.evaluation.answers import next_token_logits
 from lorasp.recipe import RecipeError
 from lorasp.trainer import train_step
 from lorasp.zero.engine import Engine
@@ -34,7 +35,9 @@ def worst_batch(examples: Sequence[Example], micro_batch_size: int) -> Batch:
 
 
 def rehearse_step(engine: Engine, batch: Batch, *, dtype: torch.dtype, device: torch.device, world_size: int) -> None:
-    """Forward, backward and optimizer step of `batch` on every rank, undone. Collective.
+    """Forward, backward and optimizer step of `batch` on every rank, twice, undone. Collective.
+
+    Twice: ZeRO-3 gathers ahead of use only once it has seen a whole step, so the second holds a unit more.
 
     Raises RecipeError if the loss or its gradient is NaN or infinite before anything was trained.
     """
@@ -46,13 +49,15 @@ def rehearse_step(engine: Engine, batch: Batch, *, dtype: torch.dtype, device: t
         computed_count=sum(batch.lengths) * world_size,
     )
     engine.train_mode(True)
-    with torch.random.fork_rng(), engine.without_trace():
-        train_step(engine, step, device, world_size)
-        if not engine.step_applied():
-            raise RecipeError(
-                f"model.path: the untrained model's loss or gradient on the longest rows is NaN or infinite; its "
-                f"weights are damaged, or do not bear {dtype}"
-            )
+    # Only this rank's device: all of a node's would be touched, with a warning.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), engine.without_trace():
+        for _ in range(2):
+            train_step(engine, step, device, world_size)
+            if not engine.step_applied():
+                raise RecipeError(
+                    f"model.path: the untrained model's loss or gradient on the longest rows is NaN or infinite; its "
+                    f"weights are damaged, or do not bear {dtype}"
+                )
 
 
 @torch.no_grad()
@@ -62,11 +67,23 @@ def rehearse_evaluation(engine: Engine, batch: Batch, device: torch.device) -> N
     engine(**batch.model_inputs(device), score=True)
 
 
-def rehearse_save(run_dir: Path, save: Callable[[Path], None], *, is_main: bool) -> None:
-    """Saves below `run_dir` and removes it again: shows that the disk takes it. Collective."""
+def rehearse_answers(engine: Engine, prompts: list[list[int]], max_new_tokens: int, device: torch.device) -> None:
+    """The last, and so the longest, forward of answering the samples, where none ends early. Collective."""
+    engine.train_mode(False)
+    if prompts:
+        # Which tokens an answer has is no matter of memory.
+        next_token_logits(engine, [prompt + prompt[-1:] * (max_new_tokens - 1) for prompt in prompts], device)
+
+
+def rehearse_save(run_dir: Path, save: Callable[[Path], None], *, replaces: bool, is_main: bool) -> None:
+    """Saves below `run_dir` and removes it again: shows that the disk takes it. Collective.
+
+    replaces: whether the run saves more than once; the old copy stays until the new one is whole, so that takes two.
+    """
     directory = run_dir / "rehearsal"
     try:
-        save(directory)
+        for _ in range(1 + replaces):
+            save(directory)
         dist.barrier()
     finally:
         if is_main:

@@ -1,7 +1,10 @@
 """The rehearsal: nothing that can come is larger, and an allocation that fails is told with what to change."""
 
+import errno
+
 import pytest
 import torch
+from torch import distributed as dist
 
 from lorasp.data.batches import collate, training_batches
 from lorasp.data.examples import Example
@@ -9,7 +12,7 @@ from lorasp.data.order import SampleOrder
 from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe
 from lorasp.rehearsal import worst_batch
-from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
+from lorasp.reporting.out_of_memory import ANSWERING, describe_out_of_memory, is_out_of_memory
 
 
 def examples():
@@ -47,7 +50,45 @@ def test_out_of_memory_is_recognised_on_a_cpu_and_on_a_gpu():
         torch.empty(2**60)
     assert is_out_of_memory(failed.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))  # of mapping a weights file
+    assert not is_out_of_memory(OSError(errno.ENOENT, "No such file or directory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, unhandled cuda error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.26.2\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            "CUDA error: out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+        (dist.DistBackendError(NCCL + "Cuda failure 2 'out of memory'"), "Cuda failure 2 'out of memory'"),
+        (
+            dist.DistBackendError(NCCL + "Failed to CUDA calloc async 608 bytes"),
+            "Failed to CUDA calloc async 608 bytes",
+        ),
+    ],
+    ids=["context", "cuBLAS", "NCCL", "NCCL's buffers"],
+)
+def test_allocations_of_libraries_beside_torchs_allocator_are_recognised_and_their_own_words_told(error, told):
+    assert is_out_of_memory(error)
+    recipe = Recipe(model={"path": "x"}, data={"train": "y"})
+    assert describe_out_of_memory(error, "train", recipe, 0, {}, {}).splitlines()[0] == (
+        f"out of memory on rank 0 in phase train: {told}"
+    )
+    other = "Cuda failure 700 'an illegal memory access was encountered'"
+    assert not is_out_of_memory(dist.DistBackendError(NCCL + other))
 
 
 def test_the_advice_names_the_phase_the_peaks_and_the_settings():
@@ -69,3 +110,11 @@ def test_the_advice_names_the_phase_the_peaks_and_the_settings():
     assert "evaluation.micro_batch_size" not in text
     evaluating = describe_out_of_memory(MemoryError("no"), "rehearse_evaluate", recipe, 0, {}, {})
     assert "evaluation.micro_batch_size=4 (now 8)" in evaluating
+    assert "evaluation.samples" not in evaluating
+    answering = describe_out_of_memory(MemoryError("no"), "rehearse_evaluate", recipe, 0, {}, {}, ANSWERING)
+    assert answering.startswith("out of memory on rank 0 in phase rehearse_evaluate (answering the samples): no")
+    assert "evaluation.samples=1 (now 3)" in answering and "evaluation.max_new_tokens=32 (now 64)" in answering
+    assert "micro_batch_size" not in answering
+    saving = describe_out_of_memory(MemoryError(""), "save", recipe, 0, {}, {})
+    assert saving.startswith("out of memory on rank 0 in phase save: MemoryError")
+    assert "max_length" not in saving and "a smaller adapter.rank (now 16)" in saving

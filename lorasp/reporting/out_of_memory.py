@@ -1,5 +1,6 @@
 """An out-of-memory error, told so that its reader knows what to change."""
 
+import errno
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -8,14 +9,31 @@ from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe
 from lorasp.reporting.run_report import by_phase, format_peaks, rank_phases
 
-_ON_A_CPU = "DefaultCPUAllocator"  # of which torch raises a plain RuntimeError
+ANSWERING = "answering the samples"  # the task of an evaluation whose size other settings decide
+
+# What plain RuntimeErrors say of an allocation that failed. Libraries take their own memory beside torch's allocator,
+# which then has nothing to do with it: CUDA's context, cuBLAS's and cuDNN's workspaces, NCCL's buffers.
+_SAID = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL's words
+    "Cuda failure 'out of memory'",
+    "Failed to CUDA malloc",
+    "Failed to CUDA calloc",
+    "Failed to CUDA host alloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is an allocation that failed, on any device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and _ON_A_CPU in str(error)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
 
 
 def describe_out_of_memory(
@@ -25,21 +43,32 @@ def describe_out_of_memory(
     rank: int,
     peaks: Mapping[str, PhasePeak],
     held: Mapping[str, int],
+    task: str | None = None,
 ) -> str:
-    """What happened where, this rank's peaks by phase, what it held (bytes by part), and what to change."""
+    """What happened where, this rank's peaks by phase, what it held (bytes by part), and what to change.
+
+    task: what of the phase it was, where a phase has several.
+    """
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    reason = next((line for line in said if any(mark in line for mark in _SAID)), said[0]).strip()
     lines = [
-        f"out of memory on rank {rank} in phase {phase}: {str(error).strip().splitlines()[0]}",
+        f"out of memory on rank {rank} in phase {phase}{f' ({task})' if task else ''}: {reason}",
         format_peaks({"phases": by_phase([rank_phases(rank, peaks, {})])}),
     ]
     if held:
         parts = ", ".join(f"{part.replace('_', ' ')} {size / 2**20:.1f} MiB" for part, size in held.items())
         lines.append(f"held between steps: {parts}")
-    return "\n".join([*lines, "to fit, in this order:", *(f"  - {advice}" for advice in _advice(phase, recipe))])
+    return "\n".join([*lines, "to fit, in this order:", *(f"  - {advice}" for advice in _advice(phase, task, recipe))])
 
 
-def _advice(phase: str, recipe: Recipe) -> Iterator[str]:
+def _advice(phase: str, task: str | None, recipe: Recipe) -> Iterator[str]:
     training, evaluation = recipe.training, recipe.evaluation
-    if phase.endswith("evaluate") and evaluation.micro_batch_size > 1:
+    if task == ANSWERING:
+        if evaluation.samples > 1:
+            yield f"evaluation.samples={evaluation.samples // 2} (now {evaluation.samples}): all are answered at once"
+        if evaluation.max_new_tokens > 1:
+            yield f"evaluation.max_new_tokens={evaluation.max_new_tokens // 2} (now {evaluation.max_new_tokens})"
+    elif phase.endswith("evaluate") and evaluation.micro_batch_size > 1:
         yield f"evaluation.micro_batch_size={evaluation.micro_batch_size // 2} (now {evaluation.micro_batch_size})"
     if phase.endswith("train"):
         if training.activation_checkpointing == "none":
@@ -49,6 +78,11 @@ def _advice(phase: str, recipe: Recipe) -> Iterator[str]:
                 f"training.micro_batch_size={training.micro_batch_size // 2} (now {training.micro_batch_size}); "
                 f"accumulation keeps the global batch and its loss"
             )
+    if phase.endswith("save"):
+        if recipe.method != "full":
+            yield f"a smaller adapter.rank (now {recipe.adapter.rank}): rank 0 holds the whole adapter while it writes"
+        yield "more memory on rank 0's machine: what is saved is gathered there"
+        return
     if phase != "load":
         yield f"a smaller data.max_length (now {recipe.data.max_length})"
     if recipe.method == "full":
