@@ -106,7 +106,8 @@ def test_the_advice_names_the_phase_the_peaks_and_the_settings():
         "out of memory on rank 1 in phase rehearse_train: CUDA out of memory. Tried to allocate 2.00"
     )
     assert "3.000" in text and "base shard 80.0 MiB" in text
-    assert "training.activation_checkpointing=layer" in text and "training.micro_batch_size=2 (now 4)" in text
+    assert "activation_checkpointing=selective keeps less of each layer for backward (now none)" in text
+    assert "training.micro_batch_size=2 (now 4)" in text
     assert "evaluation.micro_batch_size" not in text
     evaluating = describe_out_of_memory(MemoryError("no"), "rehearse_evaluate", recipe, 0, {}, {})
     assert "evaluation.micro_batch_size=4 (now 8)" in evaluating

@@ -26,6 +26,8 @@ _SAID = (
     "Failed to CUDA host alloc",
 )
 
+_LEANER = {"none": "selective", "selective": "lean", "lean": "layer"}  # the next policy that keeps less
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is an allocation that failed, on any device."""
@@ -71,8 +73,12 @@ def _advice(phase: str, task: str | None, recipe: Recipe) -> Iterator[str]:
     elif phase.endswith("evaluate") and evaluation.micro_batch_size > 1:
         yield f"evaluation.micro_batch_size={evaluation.micro_batch_size // 2} (now {evaluation.micro_batch_size})"
     if phase.endswith("train"):
-        if training.activation_checkpointing == "none":
-            yield "training.activation_checkpointing=layer keeps a layer's input only (now none)"
+        leaner = _LEANER.get(training.activation_checkpointing)
+        if leaner is not None:
+            yield (
+                f"training.activation_checkpointing={leaner} keeps less of each layer for backward "
+                f"(now {training.activation_checkpointing})"
+            )
         if training.micro_batch_size > 1:
             yield (
                 f"training.micro_batch_size={training.micro_batch_size // 2} (now {training.micro_batch_size}); "
