@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 
 from lorasp.data.sources import hub_snapshot, read_source
-from lorasp.recipe import RecipeError, Source
-from tests.distributed.commands import python, run
+from lorasp.models.weights import hub_commit, locate_model
+from lorasp.recipe import Model, RecipeError, Source
+from tests.distributed.commands import TRAIN, accelerate_on_two, python, run
 from tests.tiny_models import save_model
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +128,63 @@ def test_what_the_hub_answers_is_one_sentence(hub, monkeypatch, kind, status, to
     assert told in refusal(Source(path="me/other", revision="v9"), lambda source: hub_snapshot(source, download=True))
 
 
+@pytest.mark.parametrize(
+    ("kind", "status", "told"),
+    [
+        (errors.RevisionNotFoundError, 404, "model.path: 'me/other' has no revision 'v9' on the hub"),
+        (
+            errors.RepositoryNotFoundError,
+            401,
+            "model.path: 'me/other' is no local directory, and no model of the hub that may be read; if it is private "
+            "or gated, ask for access and set HF_TOKEN, or run `hf auth login`",
+        ),
+        (
+            ConnectionError,
+            None,
+            "model.path: 'me/other' at revision 'v9' is no local directory and could not be had from the hub (no "
+            "route); download it where there is a network, then give its directory, or set HF_HOME to its cache",
+        ),
+    ],
+)
+def test_what_the_hub_answers_about_a_model_is_one_sentence(hub, monkeypatch, kind, status, told):
+    def snapshot_download(*_, **__):
+        if status is None:
+            raise kind("no route\nto host")
+        raise kind(
+            "a long\nstory",
+            response=SimpleNamespace(status_code=status, headers={}, request=None, server_message=None),
+        )
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(RecipeError) as caught:
+        locate_model(Model(path="me/other", revision="v9"))
+    assert str(caught.value) == told
+
+
+def test_a_models_revision_is_that_commit_and_one_that_is_not_cached_is_one_sentence(hub):
+    model = {"config.json": b"{}", "LICENSE.txt": b"terms", "NOTICE": b"by"}
+    cache(hub, "model", "me/base", COMMIT, model)
+    cache(hub, "model", "me/base", EARLIER, {"config.json": b"[]"}, branch=None)
+    assert hub_commit(locate_model(Model(path="me/base")), Model(path="me/base")) == COMMIT
+    assert locate_model(Model(path="me/base", revision=EARLIER)).name == EARLIER
+    with pytest.raises(RecipeError) as caught:
+        locate_model(Model(path="me/base", revision="v9"))
+    assert str(caught.value) == (
+        f"model.path: 'me/base' is no local directory and could not be had from the hub: no model of that name at "
+        f"revision 'v9' is in its cache ({hub}), while HF_HUB_OFFLINE=1 forbids to download it"
+    )
+
+
+def test_a_models_licence_is_downloaded_with_it(monkeypatch):
+    """It binds what is derived from the model: exports carry it along."""
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: asked.update(options) or "/found")
+    assert locate_model(Model(path="me/base")) == Path("/found")
+    files = ["LICENSE", "LICENSE.txt", "NOTICE.md", "config.json", "a.safetensors", "tokenizer.model"]
+    assert list(filter_repo_objects([*files, "pytorch_model.bin"], allow_patterns=asked["allow_patterns"])) == files
+
+
 RECIPE = """\
 output_dir: {home}/runs
 model: {{path: me/tiny}}
@@ -197,4 +256,36 @@ def test_a_run_finds_model_and_data_by_their_hub_names_without_a_network(home):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((home / "runs" / "hub" / "report.json").read_text())
     assert report["data"]["train"]["source"] == "me/rows" and report["data"]["train"]["rows"] == 4
+    assert report["model_commit"] == report["data"]["train"]["commit"] == COMMIT
+    assert f"| commit of me/tiny | {COMMIT} |" in " ".join((home / "runs" / "hub" / "report.md").read_text().split())
     assert report["data"]["held_out"]["rows"] == 1 and report["metrics"]["held_out_loss_after"] > 0
+
+
+_ASKED = """
+import json, os, runpy, sys
+sys.path.insert(0, os.getcwd())
+import huggingface_hub
+
+snapshot_download, asked = huggingface_hub.snapshot_download, []
+def recorded(name, **options):
+    asked.append([name, options["local_files_only"]])
+    open({out!r} + os.environ["RANK"], "w").write(json.dumps(asked))
+    return snapshot_download(name, **options)
+huggingface_hub.snapshot_download = recorded
+sys.argv = {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_only_one_process_of_a_node_may_download(home):
+    """Of two ranks: the other one asks for what is cached by then."""
+    script = home / "asked.py"
+    arguments = [str(home / "hub.yaml"), "name=two", "evaluation.samples=0", "training.max_steps=1", "rehearse=false"]
+    script.write_text(_ASKED.format(out=f"{home}/asked", argv=[TRAIN, *arguments]))
+    command = accelerate_on_two()
+    done = run([*command[: command.index(TRAIN)], str(script)], home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((home / f"asked{rank}").read_text()) for rank in range(2))
+    assert ["me/tiny", False] in first and ["me/rows", False] in first
+    assert {name for name, _ in second} == {"me/tiny", "me/rows"} and all(cached for _, cached in second)
