@@ -36,6 +36,18 @@ def shard_bytes(parameter: nn.Parameter) -> int:
     return parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
 
 
+def whole(parameter: nn.Parameter) -> Tensor:
+    """The values of a sharded parameter on every rank, in its shape. Collective.
+
+    From the shards themselves: DeepSpeed refuses to gather what it gathers ahead for the next step (its "param in
+    flight"), and a save comes between two steps.
+    """
+    shard = parameter.ds_tensor
+    values = shard.new_empty(dist.get_world_size() * shard.numel())
+    dist.all_gather_into_tensor(values, shard)
+    return values[: parameter.ds_numel].view(parameter.ds_shape)
+
+
 def gathered(parameter: nn.Parameter):
     """Context in which a sharded parameter is whole on every rank. Collective; changes to it are not kept."""
     return deepspeed.zero.GatheredParameters(parameter)
