@@ -7,7 +7,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorasp.adapter import adapted_linears, model_selection_digest
+from lorasp.adapter import AdaptedLinear, adapted_linears, model_selection_digest
 from lorasp.recipe import Recipe, RecipeError
 
 ADAPTER_FILE = "adapter.safetensors"
-_FORMAT = "lorasp-adapter-1"
+_FORMAT = "lorasp-adapter-2"
 _MODEL_SHARD_BYTES = 4 * 2**30
 
 
@@ -42,6 +44,7 @@ class AdapterInfo:
     seed: int
     selection_digest: str
     dtype: str  # of computation: codes are quantized from the base in this precision
+    quantization: dict[str, str | bool | int]  # of the base that it was trained on: the recipe's section
     step: int
 
     @classmethod
@@ -65,6 +68,7 @@ class AdapterInfo:
             seed=selection_seed,
             selection_digest=model_selection_digest(model),
             dtype=str(next(adapted_linears(model)).dtype).removeprefix("torch."),
+            quantization=recipe.quantization.model_dump(),
             step=step,
         )
 
@@ -104,6 +108,15 @@ class SavedAdapter:
         if model_selection_digest(model) != self.info.selection_digest:
             raise RecipeError(f"adapter.init_from: {self.path} is damaged: its S is not the one that was saved")
 
+    def trained_values(self, model: nn.Module) -> dict[str, Tensor]:
+        """What was trained, fp32, by the names of the model's parameters: `apply` rounds it to their dtype."""
+        return {
+            f"{name}.{part}": self.tensors[f"{module.name}.{part}"]
+            for name, module in model.named_modules()
+            if isinstance(module, AdaptedLinear)
+            for part in "AB"
+        }
+
     def check_base(self, base_digest: str) -> None:
         """Raises RecipeError if the adapter was trained on other base weights."""
         if self.info.base_digest != base_digest:
@@ -126,12 +139,15 @@ def load_adapter(directory: str | Path, recipe: Recipe) -> SavedAdapter:
         raise RecipeError(f"adapter.init_from: {directory} holds no {ADAPTER_FILE}")
     try:
         with safe_open(path, framework="pt") as file:
-            info = AdapterInfo(**json.loads((file.metadata() or {})["lorasp"]))
+            found = json.loads((file.metadata() or {})["lorasp"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors', JSON's and the metadata's own errors alike
         raise RecipeError(f"adapter.init_from: {path} is damaged or not ours ({error})") from None
-    if info.format != _FORMAT:
-        raise RecipeError(f"adapter.init_from: {path} is of format {info.format}; this version reads {_FORMAT}")
+    if found.get("format") != _FORMAT:
+        raise RecipeError(
+            f"adapter.init_from: {path} is of format {found.get('format')}; this version reads {_FORMAT}"
+        )
+    info = AdapterInfo(**found)
     asked = {
         "adapter.rank": (recipe.adapter.rank, info.rank),
         "adapter.alpha": (recipe.adapter.alpha, info.alpha),
@@ -140,6 +156,10 @@ def load_adapter(directory: str | Path, recipe: Recipe) -> SavedAdapter:
         "selection.strategy": (recipe.selection.strategy, info.strategy),
         "selection.fraction": (recipe.effective_fraction, info.fraction),
     }
+    # An adapter corrects the rounding of the base that it was trained on along with the rest.
+    ours, its = recipe.quantization.model_dump(), info.quantization
+    if not ours["format"] == its["format"] == "none":  # where the other settings say nothing
+        asked |= {f"quantization.{key}": (ours[key], its[key]) for key in ours}
     differing = [f"{key} is {ours}, the adapter's {its}" for key, (ours, its) in asked.items() if ours != its]
     if differing:
         raise RecipeError(f"adapter.init_from: {path} does not fit the recipe: {'; '.join(differing)}")
@@ -180,18 +200,42 @@ def save_model(
     Holds one file's tensors at a time. dtype: None leaves each tensor as it is. prefix: what our names have in front
     of the model's own.
     """
+    if not writes:
+        for _ in values:  # takes part in the gathers, and keeps nothing
+            pass
+        return
     weight_map: dict[str, str] = {}
     for index, tensors in enumerate(_in_files(values, dtype, prefix)):
-        if writes:
-            file = f"model-{index + 1:05d}.safetensors"
-            write_tensors_whole(directory / file, tensors, {"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
+        file = f"model-{index + 1:05d}.safetensors"
+        write_tensors_whole(directory / file, tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    size = sum((directory / file).stat().st_size for file in set(weight_map.values()))
+    write_text_whole(
+        directory / "model.safetensors.index.json",
+        json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1),
+    )
+
+
+@contextmanager
+def replacing_whole(directory: Path, *, writes: bool) -> Iterator[Path]:
+    """A directory to be filled that becomes `directory` in the end; until then, or without an end, the old one stays.
+
+    Shards of two steps beside each other would load without a word. writes: rank 0 only.
+    """
+    beside, old = (directory.with_name(f".{directory.name}.{what}") for what in ("writing", "replaced"))
     if writes:
-        size = sum((directory / file).stat().st_size for file in set(weight_map.values()))
-        write_text_whole(
-            directory / "model.safetensors.index.json",
-            json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1),
-        )
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+    try:
+        yield beside
+        if writes:
+            if directory.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                directory.rename(old)
+            beside.rename(directory)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if writes:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_text_whole(path: Path, text: str) -> None:
@@ -213,10 +257,9 @@ def _in_files(
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:
-    from lorasp.zero.sharding import gathered
+    from lorasp.zero.sharding import whole
 
-    with gathered(parameter):
-        return parameter.data.float().cpu().clone()
+    return whole(parameter).float().cpu()
 
 
 def write_tensors_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

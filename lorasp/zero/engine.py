@@ -1,6 +1,6 @@
 """The engine: the loss of a micro batch in, an optimizer step out; and the sharded state that it keeps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -111,6 +111,17 @@ class Engine:
                     dist.all_gather_into_tensor(whole, part)
                     yield from _cut(whole.view(self._world_size, length).cpu(), bucket)
                     start, bucket = start + length, []
+
+    @torch.no_grad()
+    def set_trained_values(self, values: Mapping[str, Tensor]) -> None:
+        """Sets this rank's masters to `values` (by name, fp32, whole), of which the compute copies are roundings."""
+        for flat, group in zip(self._zero.fp32_partitioned_groups_flat, self._groups, strict=True):
+            start = 0
+            for name, parameter in group:
+                length = parameter.partition_numel()
+                part = values[name].flatten()[dist.get_rank() * length :][:length]  # the last rank's is padded
+                flat[start : start + len(part)].copy_(part)
+                start += length
 
     def optimizer_state_bytes(self) -> int:
         """Bytes that this rank's optimizer holds: fp32 masters and every tensor of AdamW's state, as allocated."""

@@ -383,6 +383,11 @@ FAULTS = {
         [INIT, "method=lora"],
         "selection.fraction is 1.0, the adapter's 0.5",
     ),
+    "adapter for another base's rounding": (
+        lambda work: save_start(load_recipe(work / "tiny.yaml", ["quantization.double_quant=false"]), work / "saved"),
+        [INIT, "quantization.block_size=128"],
+        "quantization.double_quant is True, the adapter's False; quantization.block_size is 128, the adapter's 64",
+    ),
     "adapter of other layers": (
         adapter(target_modules=["q_proj"]),
         [INIT],

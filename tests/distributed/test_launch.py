@@ -151,7 +151,21 @@ def test_the_report_has_the_peaks_of_every_rank_by_phase_and_part(runs):
                 assert sum(parts.values()) == rank["peak_bytes"]
         for held in breakdowns(found, "train"):
             assert held["optimizer"] > 0 and held["gradients"] > 0
-        assert all(str(rank) in found.done.stdout for rank in range(ranks))
+        assert ranks_in_table(found.done.stdout) == {
+            phase: [str(rank["rank"]) for rank in held["ranks"]] for phase, held in phases.items()
+        }
+
+
+def ranks_in_table(stdout: str) -> dict[str, list[str]]:
+    """The rank column of the printed table of peaks, by phase."""
+    table = stdout.partition("peak memory of every rank:\n")[2].splitlines()
+    header = next(number for number, line in enumerate(table) if line.split()[:2] == ["phase", "rank"])
+    found: dict[str, list[str]] = {}
+    for phase, rank, *_ in (line.split() for line in table[header + 1 :]):
+        if not rank.isdecimal():  # the table's end
+            break
+        found.setdefault(phase, []).append(rank)
+    return found
 
 
 def test_two_ranks_share_the_base_and_the_optimizer_state(runs, plain, place):
@@ -230,6 +244,29 @@ def test_the_adapter_reads_back_where_its_run_ended(launch_run, two):
     assert (infos[0]["step"], infos[1]["step"]) == (STEPS, STEPS + 1)
     # S travelled with the adapter: what the new one says of it is still true.
     assert all(infos[0][key] == infos[1][key] for key in ("seed", "selection_digest", "base_digest"))
+
+
+def test_an_adapter_goes_on_in_bf16_from_the_fp32_values_that_were_saved(launch_run):
+    """Two ranks of a bf16 engine; a learning rate of 1e-30 moves nothing, so what is saved is what was begun with."""
+    first = launch_run(
+        accelerate_on_two, "bf16", "model.dtype=bfloat16", "training.max_steps=2", "evaluation.samples=0"
+    )
+    second = launch_run(
+        accelerate_on_two,
+        "bf16_again",
+        "model.dtype=bfloat16",
+        f"adapter.init_from={first.directory / 'adapter'}",
+        "training.learning_rate=1e-30",
+        "training.max_steps=1",
+        "evaluation.samples=0",
+    )
+    saved, again = (load_file(run.directory / "adapter" / "adapter.safetensors") for run in (first, second))
+    rounded = 0
+    for name, values in saved.items():
+        if name.endswith((".A", ".B")):
+            torch.testing.assert_close(again[name], values, rtol=0, atol=1e-20)
+            rounded += int((values.bfloat16().float() != values).sum())
+    assert rounded > 1000  # values that bf16 would have changed
 
 
 def test_overwrite_replaces_an_earlier_run_and_may_start_from_its_adapter(launch_run, place):
