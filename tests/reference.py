@@ -34,8 +34,11 @@ class DenseMaskedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * (x @ A.t()) @ B.t()
 
 
-def reference_run(directory, recipe: Recipe, examples, steps: list[list[int]]) -> dict:
-    """Losses, gradient norms and trained values of AdamW on the given global batches (lists of rows)."""
+def reference_run(directory, recipe: Recipe, examples, steps: list[list[int]], gradients_of: int = 0) -> dict:
+    """Losses, gradient norms and trained values of AdamW on the given global batches (lists of rows).
+
+    gradients_of: the step whose gradients are given.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
     head = model.get_output_embeddings()
     if recipe.method != "full":
@@ -73,7 +76,11 @@ def reference_run(directory, recipe: Recipe, examples, steps: list[list[int]]) -
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     training = recipe.training
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=training.learning_rate, betas=training.betas, eps=training.eps, weight_decay=0.0
+        trained.values(),
+        lr=training.learning_rate,
+        betas=training.betas,
+        eps=training.eps,
+        weight_decay=training.weight_decay,
     )
     warmup = math.ceil(training.warmup_ratio * len(steps))
     found = {"losses": [], "norms": [], "gradients": None}
@@ -85,10 +92,11 @@ def reference_run(directory, recipe: Recipe, examples, steps: list[list[int]]) -
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
         labels = torch.tensor([[-100] * p + list(ids[p:]) + [-100] * (width - len(ids)) for ids, p in batch])
         logits = model(input_ids=ids, attention_mask=mask).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        count = max(1, int((labels != -100).sum()))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
         optimizer.zero_grad()
         loss.backward()
-        if found["gradients"] is None:
+        if step == gradients_of:
             found["gradients"] = {name: p.grad.detach().clone() for name, p in trained.items()}
         norm = nn.utils.clip_grad_norm_(trained.values(), training.max_grad_norm)
         progress = (step - warmup) / max(1, len(steps) - warmup)

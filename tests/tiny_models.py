@@ -38,6 +38,17 @@ _MODELS = {
             **_COMMON,
         ),
     ),
+    "llama_deep": (  # 24 layers: a unit is little beside the whole
+        LlamaForCausalLM,
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=160,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            **_COMMON | {"num_hidden_layers": 24},
+        ),
+    ),
     "llama_tied": (
         LlamaForCausalLM,
         LlamaConfig(

@@ -138,8 +138,10 @@ def _fill(
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
             if id(parameter) not in placed:
-                stored = tensors[f"{prefix}{name}"] if reads else torch.empty(parameter.shape)
-                value = stored.to(device=device, dtype=parameter.dtype, copy=True)
+                if reads:
+                    value = tensors[f"{prefix}{name}"].to(device=device, dtype=parameter.dtype, copy=True)
+                else:
+                    value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 placed[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = placed[id(parameter)]
     for name, buffer in list(module.named_buffers(recurse=False)):

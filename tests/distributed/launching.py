@@ -39,7 +39,7 @@ def run_jobs(ranks: int, jobs: dict[str, dict], directory: Path) -> dict[str, li
     """Runs the worker's jobs in one launch of `ranks`: the name of each job -> what each rank found, in rank order."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "jobs.json").write_text(json.dumps(jobs))
-    done = launch(ranks, WORKER, str(directory))
+    done = launch(ranks, WORKER, str(directory), timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {
         name: [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in jobs

@@ -38,7 +38,7 @@ EXAMPLES = ragged_examples()
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {kind: save_model(kind, root / kind) for kind in ("llama", "llama_tied", "qwen2", "mistral")}
+    return {kind: save_model(kind, root / kind) for kind in ("llama", "llama_deep", "llama_tied", "qwen2", "mistral")}
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +76,24 @@ def recipe(directory, *, micro, steps=STEPS, ds_config=None, **changes):
     return tree
 
 
+# What the worker measures besides, and other rows to train on.
+FLAGS = ("examples", "gradients_of", "live", "count_operations", "gathers", "codes")
+
+
 def job(directory, **options):
-    flags = {name: options.pop(name) for name in ("gradients", "live", "count_operations") if name in options}
+    flags = {name: options.pop(name) for name in FLAGS if name in options}
     return {"recipe": recipe(directory, **options), "examples": EXAMPLES, **flags}
+
+
+def sparse_examples():
+    """20 examples, of which only every third has labels: in steps of 2 rows, one a rank, ranks often have none."""
+    return [
+        (ids if index % 3 == 0 else ids[:-1], prompt if index % 3 == 0 else len(ids) - 1)
+        for index, (ids, prompt) in enumerate(EXAMPLES[1:21])
+    ]
+
+
+SPARSE, A_RANK_WITHOUT = sparse_examples(), 4  # the step of which gradients are compared
 
 
 FAMILIES = {
@@ -90,6 +105,7 @@ FAMILIES = {
     "unquantized": ("llama", {"quantization": {"format": "none"}}),
     "uniform": ("llama", {"selection": {"strategy": "uniform"}, "training": {"activation_checkpointing": "layer"}}),
     "init": ("llama", {"adapter": {"rank": 3, "alpha": 4.0, "frozen_entries": "init", "rslora": True}}),
+    "decay": ("llama", {"training": {"weight_decay": 0.1}}),
     "quarter": ("llama", {"selection": {"fraction": 0.25}, "adapter": {"rank": 1, "target_modules": ["q_proj"]}}),
     "full": ("llama", {"method": "full", "training": {"learning_rate": 1e-3}}),
     "full_tied": ("llama_tied", {"method": "full", "training": {"learning_rate": 1e-3}}),
@@ -98,15 +114,20 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def two_ranks(models, no_prefetch, tmp_path_factory):
-    jobs = {name: job(models[kind], micro=4, gradients=True, **changes) for name, (kind, changes) in FAMILIES.items()}
-    jobs["memory"] = job(models["llama"], micro=4, steps=3, ds_config=no_prefetch, live=True, count_operations=True)
-    jobs["memory_layer"] = job(
-        models["llama"],
-        micro=4,
-        steps=3,
-        ds_config=no_prefetch,
-        live=True,
-        training={"activation_checkpointing": "layer"},
+    jobs = {name: job(models[kind], micro=4, gradients_of=0, **changes) for name, (kind, changes) in FAMILIES.items()}
+    short = {"steps": 3, "ds_config": no_prefetch}
+    layer = {"training": {"activation_checkpointing": "layer"}}
+    jobs["memory"] = job(models["llama"], micro=4, live=True, count_operations=True, codes=True, **short)
+    jobs["memory_layer"] = job(models["llama"], micro=4, live=True, count_operations=True, **short, **layer)
+    jobs["uniform_steady"] = job(
+        models["llama"], micro=4, count_operations=True, selection={"strategy": "uniform"}, **short
+    )
+    jobs["accumulation_steady"] = job(models["llama"], micro=2, count_operations=True, **short)
+    jobs["gathers"] = job(models["llama"], micro=4, gathers=True, **short)
+    jobs["gathers_layer"] = job(models["llama"], micro=4, gathers=True, **short, **layer)
+    jobs["deep"] = job(models["llama_deep"], micro=4, steps=1, adapter={"rank": 1, "target_modules": ["q_proj"]})
+    jobs["sparse"] = job(
+        models["llama"], micro=1, examples=SPARSE, gradients_of=A_RANK_WITHOUT, training={"global_batch_size": 2}
     )
     jobs["lora"] = job(models["llama"], micro=4, steps=2, method="lora")
     jobs["half_rank"] = job(models["llama"], micro=4, steps=2, method="lora", adapter={"rank": 4})
@@ -116,8 +137,8 @@ def two_ranks(models, no_prefetch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def one_rank(models, tmp_path_factory):
     jobs = {
-        "twice_the_batch": job(models["llama"], micro=8, gradients=True),
-        "accumulation": job(models["llama"], micro=4, gradients=True),
+        "twice_the_batch": job(models["llama"], micro=8, gradients_of=0),
+        "accumulation": job(models["llama"], micro=4, gradients_of=0),
         "more_accumulation": job(models["llama"], micro=2),
         "full_accumulation": job(models["llama"], micro=4, method="full", training={"learning_rate": 1e-3}),
     }
@@ -159,10 +180,25 @@ def test_two_sharded_ranks_equal_plain_pytorch_on_one_process(name, two_ranks, m
     under their masks.
     """
     kind, changes = FAMILIES[name]
-    ranks = two_ranks[name]
-    batches = [sum((rank["rows"][step] for rank in ranks), []) for step in range(STEPS)]
     settings = Recipe(**recipe(models[kind], micro=4, **changes))
-    reference = reference_run(models[kind], settings, EXAMPLES, batches)
+    assert_equal_to_plain_pytorch(two_ranks[name], settings, EXAMPLES)
+    if name in ("nf4", "decay"):  # clipping took part
+        assert min(two_ranks[name][0]["norms"]) < settings.training.max_grad_norm < max(two_ranks[name][0]["norms"])
+
+
+def test_a_rank_without_labels_in_the_middle_of_a_run_changes_nothing(two_ranks, models):
+    """One row a rank, most of them with tokens and no label: steps with labels on one rank alone and on none."""
+    ranks = two_ranks["sparse"]
+    labelled = [sum(bool(sum(rank["labels"][step])) for rank in ranks) for step in range(STEPS)]
+    assert {0, 1} <= set(labelled) and labelled[A_RANK_WITHOUT] == 1, labelled
+    assert all(ranks[0]["losses"][step] == 0 for step in range(STEPS) if labelled[step] == 0)
+    settings = Recipe(**recipe(models["llama"], micro=1, training={"global_batch_size": 2}))
+    assert_equal_to_plain_pytorch(ranks, settings, SPARSE, gradients_of=A_RANK_WITHOUT)
+
+
+def assert_equal_to_plain_pytorch(ranks, settings, examples, gradients_of=0):
+    batches = [sum((rank["rows"][step] for rank in ranks), []) for step in range(STEPS)]
+    reference = reference_run(settings.model.path, settings, examples, batches, gradients_of)
     for rank in ranks:
         assert_close(rank["losses"], reference["losses"])
         assert_close(rank["norms"], reference["norms"])
@@ -254,11 +290,41 @@ def test_layer_checkpointing_gives_the_same_run(two_ranks):
         assert_close(layer["norms"], plain["norms"], 1e-6)
 
 
-def test_a_steady_step_asks_the_device_for_one_number_only(two_ranks):
+@pytest.mark.parametrize("name", ["memory", "memory_layer", "uniform_steady", "accumulation_steady"])
+def test_a_steady_step_asks_the_device_for_one_number_only(name, two_ranks):
     """DeepSpeed reads the gradient norm once a step to refuse a NaN (stage3.py, is_invalid_grad_norm); we add none."""
-    for rank in two_ranks["memory"]:
+    for rank in two_ranks[name]:
         assert rank["operations"] > 1000
         assert rank["synchronising"] == {"_local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize("name", ["gathers", "gathers_layer"])
+def test_a_layer_is_gathered_twice_a_step_and_one_unit_at_a_time(name, two_ranks):
+    """Once for forward, once for backward; the recomputation of `layer` shares backward's gather."""
+    for rank in two_ranks[name]:
+        assert rank["gathers"] == {"0": [2], "1": [2], "2": [2]}
+        assert 0 < rank["gathered_in_backward"] <= rank["largest_unit"]
+
+
+def test_loading_peaks_at_a_shard_and_a_unit(two_ranks):
+    """Bytes that live at once while a model of 24 layers is built, on each of two ranks.
+
+    Its own shard; the adapters, whole on each rank until their unit is sharded, and S; and the unit at hand, whole as
+    it will be sharded. Rank 0, which reads, holds a layer in the file's fp32 besides, and a copy of a weight.
+    """
+    attention, mlp, norms = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 160, 2 * 64
+    read = 4 * (attention + mlp + norms) + 4 * 64 * 160
+    for rank in two_ranks["deep"]:
+        held = rank["held"]
+        bound = held["base_shard"] + 2 * held["adapters"] + held["masks"] + held["buffers"] + rank["largest_unit"]
+        bound += read if rank["rank"] == 0 else 0
+        assert rank["load_peak"] <= bound
+        assert bound < 2 * held["base_shard"]  # the whole base alone, quantized, would be above it
+
+
+def test_gathered_codes_and_scales_are_bitsandbytes_own(two_ranks):
+    for rank in two_ranks["memory"]:
+        assert len(rank["codes"]) == 3 * 7 and not any(rank["codes"].values())
 
 
 def test_selection_and_base_digests_do_not_depend_on_the_world_size(one_rank, two_ranks, four_ranks):

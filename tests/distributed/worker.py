@@ -2,11 +2,15 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from bitsandbytes import functional as bnb
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import load_file
 
 from lorasp.accounting import held_bytes
 from lorasp.adapter import model_selection_digest
@@ -21,7 +25,7 @@ from lorasp.schedule import learning_rate
 from lorasp.trainer import train_step
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import start_ranks, stop_ranks
-from lorasp.zero.sharding import shard_bytes
+from lorasp.zero.sharding import gathered, shard_bytes
 
 _SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -44,7 +48,8 @@ def main(directory: Path) -> None:
 def run(job: dict, recipe: Recipe, ranks) -> dict:
     dtype = compute_dtype(recipe)
     examples = [Example(tuple(ids), prompt) for ids, prompt in job["examples"]]
-    loaded = load_model(recipe, Path(recipe.model.path), ranks, dtype)
+    with LiveTensors() as loading:
+        loaded = load_model(recipe, Path(recipe.model.path), ranks, dtype)
     engine = Engine(ranks, loaded.model, recipe.training)
     engine.train_mode(True)
     found: dict = {
@@ -57,6 +62,7 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
         "labels": [],
         "losses": [],
         "norms": [],
+        "load_peak": loading.peak_bytes,
     }
     order = SampleOrder(
         [len(example.input_ids) for example in examples],
@@ -74,13 +80,18 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
             world_size=ranks.world_size,
         )
     )
-    if job.get("gradients"):
-        found["gradients"] = first_gradients(engine, steps[0], ranks)
     if job.get("live"):
         found |= live_bytes(engine, loaded.model, examples, ranks)
     for step in steps:
         engine.set_learning_rate(learning_rate(step.step, len(steps), recipe.training))
-        if job.get("count_operations") and step.step == len(steps) - 1:
+        if step.step == job.get("gradients_of"):
+            found["gradients"] = gradients(engine, step, ranks)
+        if job.get("gathers") and step.step == len(steps) - 1:
+            with Gathers(loaded.model) as gathers:
+                share, norm = train_step(engine, step, ranks.device, ranks.world_size)
+            found["gathers"] = gathers.of_units()
+            found["gathered_in_backward"] = gathers.most_in_backward
+        elif job.get("count_operations") and step.step == len(steps) - 1:
             with LiveTensors() as counted:
                 share, norm = train_step(engine, step, ranks.device, ranks.world_size)
             found["synchronising"] = {op: counted.op_counts[op] for op in _SYNCHRONISING if counted.op_counts[op]}
@@ -94,11 +105,64 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
         found["rows"].append([row for batch in step.micro_batches for row in batch.rows])
         found["labels"].append([sum(batch.label_counts) for batch in step.micro_batches])
     found["held"] = held_bytes(loaded.model, engine)
+    found["largest_unit"] = largest_unit(loaded.model, ranks)
     found["base"] = base_shards(loaded.model)
     found["optimizer"] = [(kind, tensor.numel(), str(tensor.dtype)) for kind, tensor in engine.optimizer_tensors()]
     found["trained"] = [(n, p.ds_numel) for n, p in loaded.model.named_parameters() if p.requires_grad]
     values = dict(engine.trained_values())
     found["values"] = {name: value.flatten().tolist() for name, value in values.items()}
+    if job.get("codes"):
+        found["codes"] = differences_from_bitsandbytes(loaded.model, recipe)
+    return found
+
+
+class Gathers:
+    """Within the `with` block: how often each parameter was gathered, and the most bytes whole at once in backward."""
+
+    def __init__(self, model) -> None:
+        self.model, self.counts, self.most_in_backward = model, Counter(), 0
+
+    def __enter__(self):
+        # The one place where DeepSpeed starts gathers of a forward or backward, ahead of use or not.
+        name = "_PartitionedParameterCoordinator__all_gather_params"
+        self.patched, gather = name, getattr(PartitionedParameterCoordinator, name)
+        self.original = gather
+
+        def counted(coordinator, params, forward):
+            self.counts.update(id(p) for p in params if p.ds_status.name == "NOT_AVAILABLE")
+            gather(coordinator, params, forward)
+            if torch._C._current_graph_task_id() != -1:  # within autograd's backward
+                whole = [p for p in self.model.parameters() if p.ds_status.name != "NOT_AVAILABLE"]
+                held = sum(p.ds_numel * p.element_size() for p in whole)
+                self.most_in_backward = max(self.most_in_backward, held)
+
+        setattr(PartitionedParameterCoordinator, name, counted)
+        return self
+
+    def __exit__(self, *_):
+        setattr(PartitionedParameterCoordinator, self.patched, self.original)
+
+    def of_units(self) -> dict[str, list[int]]:
+        """The different counts among the parameters of each decoder layer; one, where it is gathered as one."""
+        layers = self.model.model.get_decoder().layers
+        return {str(i): sorted({self.counts[id(p)] for p in layer.parameters()}) for i, layer in enumerate(layers)}
+
+
+def differences_from_bitsandbytes(model, recipe: Recipe) -> dict[str, list[str]]:
+    """Of each linear: which of its gathered codes and scales are not bitsandbytes' own of the stored weight."""
+    stored = load_file(Path(recipe.model.path) / "model.safetensors")
+    found = {}
+    for name, module in model.model.named_modules():
+        if isinstance(module, ShardedLinear):
+            codes, state = bnb.quantize_4bit(
+                stored[f"{name}.weight"], blocksize=64, quant_type="nf4", compress_statistics=True
+            )
+            expected = {"codes": codes.view(-1), "scales": state.absmax}
+            expected |= {"scale_scales": state.state2.absmax, "scale_offset": state.offset}
+            with gathered(module.codes), gathered(module.scales):
+                found[name] = [
+                    part for part, value in expected.items() if not torch.equal(getattr(module, part), value)
+                ]
     return found
 
 
@@ -113,12 +177,12 @@ def base_shards(model) -> dict:
     }
 
 
-def first_gradients(engine: Engine, step, ranks) -> dict:
+def gradients(engine: Engine, step, ranks) -> dict:
     """The gradient of the global batch's loss for each trained parameter, without stepping."""
     micro_batches = step.micro_batches
     for batch in micro_batches:
         loss = engine(**batch.model_inputs(ranks.device))
-        engine.backward(loss * (ranks.world_size * len(micro_batches) / step.label_count), last=False)
+        engine.backward(loss * (ranks.world_size * len(micro_batches) / max(1, step.label_count)), last=False)
     grads = {
         name: safe_get_full_grad(parameter).float().flatten().tolist()
         for name, parameter in engine.model.named_parameters()
@@ -149,14 +213,17 @@ def live_bytes(engine: Engine, model, examples, ranks) -> dict:
     for handle in handles:
         handle.remove()
     engine._engine.optimizer.zero_grad()
-    layers = model.model.get_decoder().layers
-    found["largest_unit"] = max(
-        sum(shard_bytes(p) for p in unit.parameters()) * ranks.world_size
-        for unit in [*layers, model.model.get_input_embeddings()]
-    )
     found["all_units"] = sum(shard_bytes(p) for p in model.parameters()) * ranks.world_size
     found["activation_dtypes"] = sorted(dtypes)
     return found
+
+
+def largest_unit(model, ranks) -> int:
+    """Bytes of the largest unit, whole (with padding)."""
+    return max(
+        sum(shard_bytes(p) for p in unit.parameters()) * ranks.world_size
+        for unit in [*model.model.get_decoder().layers, model.model.get_input_embeddings()]
+    )
 
 
 def gathered_bytes(model) -> int:
