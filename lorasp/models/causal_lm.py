@@ -58,20 +58,15 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """-> fp32 scalar."""
         total = torch.zeros((), device=hidden.device)
-        if hidden.device.type == "cpu":  # which emulates bf16 products, at a fraction of fp32's speed
-            rows_of, wide = hidden.float(), weight.float()
-        else:
-            rows_of, wide = hidden, weight
         needed = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
-        grad_weight = torch.zeros_like(wide) if needed[1] else None
+        # Summed over chunks, where bf16 would lose small ones.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
         for start in range(0, len(labels), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
-            rows, targets = rows_of[chunk], labels[chunk].unsqueeze(1)
-            logits = _product_in_fp32(rows, wide.t())
-            if bias is not None:
-                logits += bias
+            rows, targets = hidden[chunk], labels[chunk].unsqueeze(1)
+            logits = F.linear(rows, weight, bias).float()
             logits -= logits.amax(1, keepdim=True)
             of_labels = logits.gather(1, targets)
             sums = logits.exp_().sum(1, keepdim=True)
@@ -80,11 +75,11 @@ class _CrossEntropySum(torch.autograd.Function):
             grad = logits.div_(sums).scatter_add_(1, targets, torch.full_like(sums, -1))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(wide.dtype)
+            grad = grad.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = grad @ wide
+                torch.mm(grad, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), rows)
+                grad_weight += grad.t() @ rows
         # Values, not outputs: nothing of these refers back to the graph.
         ctx.grads = [
             None if grad is None else grad.to(tensor.dtype)
@@ -101,11 +96,6 @@ class _CrossEntropySum(torch.autograd.Function):
                 for part in grad.split(8 * _CHUNK_ROWS):
                     part.copy_(part.float() * grad_total)
         return *grads, None
-
-
-def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, whatever precision both have."""
-    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 class CausalLM(nn.Module):
