@@ -633,7 +633,7 @@ def test_poisoned_weights_are_refused_by_the_rehearsal_or_stop_the_first_step(wo
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_and_the_adapter_saved_before_is_whole(work, home, tmp_path):
+def test_a_full_disk_stops_before_step_1_or_leaves_the_adapter_saved_before_whole(work, home, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     # Room for the curves (4 KiB) and one adapter (25 KiB), not for a second beside it.
@@ -645,7 +645,18 @@ def test_a_full_disk_is_one_sentence_and_the_adapter_saved_before_is_whole(work,
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        done = run(python(str(work / "tiny.yaml"), f"output_dir={disk}", "training.save_every=1"), home)
+        recipe = [str(work / "tiny.yaml"), f"output_dir={disk}", "training.save_every=1"]
+        done = run(python(*recipe, "name=rehearsed"), home)
+        assert done.returncode == BAD_INPUT
+        [line] = done.errors
+        assert "rehearsal/adapter/adapter.safetensors could not be written" in line
+        assert "step 1/4" not in done.stdout and list((disk / "rehearsed").iterdir()) == []
+        # A run that saves once is not refused for want of a second place (its report is what does not fit here).
+        done = run(python(*recipe, "name=once", "training.save_every=4"), home)
+        assert "rehearse save: peak above baseline" in done.stdout and "step 4/4" in done.stdout
+        shutil.rmtree(disk / "once")
+
+        done = run(python(*recipe, "rehearse=false"), home)
         assert done.returncode == BAD_INPUT
         [line] = done.errors
         assert "adapter.safetensors could not be written" in line and "No space left" in line

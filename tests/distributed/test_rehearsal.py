@@ -1,9 +1,13 @@
 """The rehearsal in real launches: it leaves no trace, and stops before step 1 what would fail later."""
 
 import json
+import os
+import re
 import sys
+import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed.commands import TRAIN, accelerate_on_two, run
 
@@ -31,9 +35,54 @@ def test_a_rehearsed_run_is_the_unrehearsed_one_to_the_bit(place, tmp_path):
         for phase in phases:
             assert [rank["rank"] for rank in report["phases"][phase]["ranks"]] == [0, 1]
             assert all(rank["peak_bytes"] > 0 for rank in report["phases"][phase]["ranks"])
+            # One line a phase with the very peaks of the report.
+            told = re.search(f"{phase.replace('_', ' ')}: peak above baseline (.*)", done.stdout)[1]
+            peaks = [rank["peak_bytes"] for rank in report["phases"][phase]["ranks"]]
+            assert told == f"rank 0 {peaks[0] / 2**30:.3f} GiB, rank 1 {peaks[1] / 2**30:.3f} GiB"
         assert not (place / "runs" / name / "rehearsal").exists()
     assert histories[0] == histories[1]
     assert adapter(place, "rehearse_true") == adapter(place, "rehearse_false")
+
+
+_COUNTED = """
+import json, os, runpy, sys
+sys.path.insert(0, os.getcwd())
+import lorasp.rehearsal, lorasp.trainer
+from lorasp.memory import LiveTensors
+
+# Peak of the tensors that each optimizer step makes, those of the gathers among them.
+step, peaks = lorasp.trainer.train_step, {{"rehearsed": [], "trained": []}}
+def counted(what):
+    def train_step(*arguments):
+        with LiveTensors() as live:
+            result = step(*arguments)
+        peaks[what].append(live.peak_bytes)
+        open({out!r} + os.environ["RANK"], "w").write(json.dumps(peaks))
+        return result
+    return train_step
+lorasp.rehearsal.train_step, lorasp.trainer.train_step = counted("rehearsed"), counted("trained")
+sys.argv = {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_no_step_of_two_ranks_holds_more_than_the_rehearsed_ones(place, tmp_path):
+    """ZeRO-3 gathers a layer ahead from the second step on, so the first alone would be too little.
+
+    The least that the second one adds is a layer's codes, half a byte each of 45·42 + 2·45·14 + 42·45 + 3·45·91
+    weights.
+    """
+    script = tmp_path / "counted.py"
+    arguments = [str(place / "tiny.yaml"), "name=counted", "evaluation.samples=0", "training.micro_batch_size=1"]
+    script.write_text(_COUNTED.format(out=f"{tmp_path}/peaks", argv=[TRAIN, *arguments, "data.limit=16"]))
+    command = accelerate_on_two()
+    done = run([*command[: command.index(TRAIN)], str(script)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        peaks = json.loads((tmp_path / f"peaks{rank}").read_text())
+        first, second = peaks["rehearsed"]
+        assert second >= first + (45 * 42 + 2 * 45 * 14 + 42 * 45 + 3 * 45 * 91) // 2
+        assert len(peaks["trained"]) == 4 and max(peaks["trained"]) <= max(first, second)
 
 
 _LIMITED = """
@@ -88,3 +137,70 @@ def test_a_recipe_that_fits_only_with_short_batches_stops_before_step_1(place, t
     short = _LIMITED.format(mib=160, argv=[TRAIN, *arguments, *batch, "training.max_steps=1"])
     done = run([sys.executable, "-c", short], tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_answers_that_do_not_fit_stop_before_step_1(place, tmp_path):
+    """200 MiB hold training, and the scoring of nine rows one at a time, not nine answers of 16,384 tokens."""
+    arguments = [str(place / "tiny.yaml"), "name=answers", "evaluation.micro_batch_size=1", "evaluation.samples=9"]
+    script = _LIMITED.format(mib=200, argv=[TRAIN, *arguments, "evaluation.max_new_tokens=16384"])
+    done = run([sys.executable, "-c", script], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "out of memory on rank 0 in phase rehearse_evaluate (answering the samples): " in done.stderr
+    first, second = re.findall("  - (evaluation.*)", done.stderr)
+    assert first == "evaluation.samples=4 (now 9): all are answered at once"
+    assert second == "evaluation.max_new_tokens=8192 (now 16384)"
+    assert "step 1/4" not in done.stdout and not (place / "runs" / "answers" / "adapter").exists()
+
+
+_ONE_RANK = """
+import os, pathlib, runpy, sys
+sys.path.insert(0, os.getcwd())
+import torch
+import lorasp.trainer
+
+step = lorasp.trainer.train_step
+def train_step(engine, current, *rest):
+    if os.environ["RANK"] == {rank!r} and current.step == 2:
+        pathlib.Path({marker!r}).touch()
+        torch.empty(2**60)
+    return step(engine, current, *rest)
+lorasp.trainer.train_step = train_step
+sys.argv = {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_one_rank_that_runs_out_of_memory_in_training_is_told_once_and_ends_both(place, tmp_path):
+    """Rank 1 alone, in the third step, without a rehearsal; rank 0 waits for it in a collective."""
+    script, marker = tmp_path / "one_rank.py", tmp_path / "failed"
+    arguments = [str(place / "tiny.yaml"), "name=one", "rehearse=false"]
+    script.write_text(_ONE_RANK.format(rank="1", marker=str(marker), argv=[TRAIN, *arguments]))
+    command = accelerate_on_two()
+    done = run([*command[: command.index(TRAIN)], str(script)], tmp_path)
+    seconds = time.time() - os.stat(marker).st_mtime
+    assert done.returncode != 0 and seconds < 30
+    [line] = done.errors
+    assert (
+        line.startswith("error on rank 1: out of memory on rank 1 in phase train: ") and "DefaultCPUAllocator" in line
+    )
+    block = done.stderr[done.stderr.index(line) :]
+    assert re.search(r"^train .*\d\.\d{3}", block, re.MULTILINE), block
+    assert "held between steps: base shard " in block
+    assert "  - training.micro_batch_size=2 (now 4); accumulation keeps the global batch and its loss" in block
+    assert "[rank" not in done.stderr  # how torch marks the traceback of a rank
+    assert steps_on_tensorboard(place / "runs" / "one") == [1, 2]
+
+
+def steps_on_tensorboard(run_dir) -> list[int]:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def test_the_curves_up_to_an_error_are_not_lost_with_the_process(place, tmp_path):
+    """TensorBoard's writer holds them back for 15 s, and the process ends without any clean-up of its own."""
+    arguments = [str(place / "tiny.yaml"), "name=alone", "rehearse=false", "evaluation.before=false"]
+    script = _ONE_RANK.format(rank="0", marker=f"{tmp_path}/failed", argv=[TRAIN, *arguments])
+    done = run([sys.executable, "-c", script], tmp_path)
+    assert done.returncode == 2 and done.errors[0].startswith("error: out of memory on rank 0 in phase train: ")
+    assert steps_on_tensorboard(place / "runs" / "alone") == [1, 2]
