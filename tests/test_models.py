@@ -137,9 +137,9 @@ def test_head_sums_and_scales_in_fp32_when_it_computes_in_bf16(rows):
         difference = tensor.grad.float() - reference.grad
         # Rounded twice to 8 bits, 2^-9 each at most.
         assert difference.norm() < 3e-3 * reference.grad.norm()
-    # At random: 2e-3 over the square root of 1,900 entries and more, so that the whole is as long as it should be.
+    # At random, so that the whole is as long as it should be; rounded logits lengthen it by their variance, 4e-4 here.
     scale = (hidden.grad.float() * wide[0].grad).sum() / wide[0].grad.square().sum()
-    assert scale.item() == pytest.approx(1, abs=2e-4)
+    assert scale.item() == pytest.approx(1, abs=8e-4)
 
 
 def test_head_without_a_label_gives_a_loss_of_zero_that_still_has_a_gradient():
