@@ -196,9 +196,10 @@ def live_bytes(engine: Engine, model, examples, ranks) -> dict:
     """Bytes that a training forward leaves alive, for one token and for many: what grows is activations."""
     dtypes: set[str] = set()
     handles = [
+        # Of whatever is called: with `selective` and `lean` linears and norms are not, but their layer is.
         module.register_forward_hook(lambda m, a, output: dtypes.add(str(output.dtype)))
-        for module in model.modules()
-        if isinstance(module, ShardedLinear)
+        for module in model.model.get_decoder().modules()
+        if isinstance(module, ShardedLinear) or "Norm" in type(module).__name__ or "Layer" in type(module).__name__
     ]
     short = Example(examples[0].input_ids[:2], 1)
     found = {}
