@@ -234,8 +234,8 @@ class Benchmark:
         columns = "case,side,s a step,ratio,train peak (GiB),ratio,load peak (GiB),ratio,real tokens a step".split(",")
         lines = [
             f"`{shlex.join(['python', *sys.argv])}` on {options.ranks} ranks ({device}): SmolLM2-135M, r = {_RANK} on "
-            f"all linears, {options.batch} × {options.length} a rank. Medians of {options.rounds} × {options.steps} steps "
-            f"(range); peaks of the worst rank above an empty process ({self.empty / 2**30:.2f} GiB).",
+            f"all linears, {options.batch} × {options.length} a rank. Medians of {options.rounds} × {options.steps} "
+            f"steps (range); peaks of the worst rank above an empty process ({self.empty / 2**30:.2f} GiB).",
             "",
             f"| {' | '.join(columns)} |",
             "| --- | --- |" + " ---: |" * (len(columns) - 2),
