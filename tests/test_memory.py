@@ -1,6 +1,7 @@
 """Peaks of a phase against allocations of known size; live bytes against hand-computed ones."""
 
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -31,12 +32,31 @@ def nothing_left_to_free():
         libc.malloc_trim(0)
 
 
+def measured_again(test):
+    """Repeats a test of resident memory twice at most: the kernel may drop pages of mapped libraries meanwhile.
+
+    Machines that reclaim idle pages (DAMON) do so without any pressure. A wrong meter is wrong three times.
+    """
+
+    @functools.wraps(test)
+    def repeated(*arguments, **fixtures):
+        for _ in range(2):
+            try:
+                return test(*arguments, **fixtures)
+            except AssertionError:
+                gc.collect()
+        return test(*arguments, **fixtures)
+
+    return repeated
+
+
 def resident(size: int, device: str = "cpu") -> torch.Tensor:
     """`size` bytes that were written to: untouched pages are not resident."""
     return torch.ones(size, dtype=torch.uint8, device=device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@measured_again
 def test_a_peak_is_seen_though_it_was_freed_within_the_phase(device):
     meter = MemoryMeter(device)
     with meter.phase("work"):
@@ -47,6 +67,7 @@ def test_a_peak_is_seen_though_it_was_freed_within_the_phase(device):
 
 
 @LINUX
+@measured_again
 def test_a_host_peak_names_its_source_and_its_parts():
     meter = MemoryMeter("cpu")
     with meter.phase("work"):
@@ -73,6 +94,7 @@ def test_a_cuda_peak_names_its_source_and_what_was_reserved():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@measured_again
 def test_phases_do_not_leak_into_each_other(device):
     meter = MemoryMeter(device)
     with meter.phase("large"):
@@ -84,6 +106,7 @@ def test_phases_do_not_leak_into_each_other(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@measured_again
 def test_an_inner_phase_suspends_the_outer_one(device):
     meter = MemoryMeter(device)
     with meter.phase("train"):
@@ -106,6 +129,7 @@ def test_a_phase_entered_again_keeps_its_greatest_peak_and_adds_up_seconds(monke
     assert meter.peaks["evaluate"].seconds == 3.0 + 5.0
 
 
+@measured_again
 def test_a_phase_that_an_exception_leaves_is_recorded():
     meter = MemoryMeter("cpu")
     with pytest.raises(MemoryError), meter.phase("outer"), meter.phase("inner"):
@@ -118,6 +142,7 @@ def test_a_phase_that_an_exception_leaves_is_recorded():
     assert meter.peaks["afterwards"].peak_bytes < 10 * MB
 
 
+@measured_again
 def test_the_open_phase_tells_its_peak_so_far():
     meter = MemoryMeter("cpu")
     assert meter.peak_so_far_bytes() == 0
