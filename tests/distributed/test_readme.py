@@ -4,17 +4,22 @@ The commands of a `bash` block are run in order, one after the other, in one dir
 install commands are tested by those who use them: `.ci/run` runs the one with the tests.
 """
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import yaml
 
+from lorasp.models.demo import convert_demo_model
+from lorasp.recipe import load_recipe
 from tests.distributed.commands import free_port
 from tests.distributed.launching import ROOT
 
@@ -28,6 +33,7 @@ SHORT = (
     "evaluation.max_new_tokens=2 data.limit=48"
 )
 GENERATE = 'python launch/generate.py runs/my "Which tree is number 3?"'
+ANSWER = "The elm."  # ash, birch, cedar, elm: from 0
 
 
 def commands(block: str) -> list[str]:
@@ -66,66 +72,140 @@ def clone(tmp_path_factory) -> Path:
     return clone
 
 
-def type_in(clone: Path, command: str) -> str:
-    """What `command` prints; fails the test where it does not succeed."""
-    binaries = Path(sys.executable).parent
-    environment = {
+def environment() -> dict[str, str]:
+    return {
         **os.environ,
-        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def type_in(clone: Path, command: str) -> str:
+    """What `command` prints; fails the test where it does not succeed."""
     if "launch/train.py recipes/" in command or "launch/evaluate.py" in command:
         command += f" {SHORT}"
         if "runs/quickstart" not in command:
             command += " overwrite=true"  # three ways to start the same run
     done = subprocess.run(
-        ["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True, timeout=400
+        ["bash", "-c", command], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
-@pytest.mark.timeout(1500)  # a dozen real runs of a real model
+@pytest.mark.timeout(2400)  # a dozen real runs of a real model
 def test_every_command_of_the_readme_runs_in_order(clone):
     ran = runnable()
     assert len(ran) > 12 and sum("launch/train.py" in command for command in ran) >= 5
     printed = {command: type_in(clone, command) for command in ran}
-    (clone / "answer").write_text(printed[GENERATE])
-    assert printed[GENERATE].startswith("The ")  # as all the user's rows about trees do
+    assert printed[GENERATE] == f"{ANSWER}\n"
 
 
-def test_the_users_adapter_answers_in_plain_peft(clone):
-    """After the commands above: 20 rows, two ranks, exported; here nothing but transformers and peft."""
-    peft = pytest.importorskip("peft")
+def test_the_users_adapter_answers_in_plain_peft(clone, monkeypatch):
+    """After the commands above: 20 rows, two ranks, exported; loaded by the lines of its model card, word for word."""
+    pytest.importorskip("peft")
     export = clone / "runs" / "my" / "export" / "peft"
     if not export.exists():
         pytest.skip("the commands before it did not run")
-    from lorasp.models.demo import convert_demo_model
-
-    base = AutoModelForCausalLM.from_pretrained(
-        convert_demo_model(),
-        dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-    )
-    model = peft.PeftModel.from_pretrained(base, export)
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    [lines] = re.findall(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)
+    assert "lorasp" not in lines.replace(str(convert_demo_model()), "")  # nothing of ours
+    monkeypatch.chdir(export)
+    loaded: dict = {}
+    exec(lines, loaded)
+    model, tokenizer = loaded["model"], loaded["tokenizer"]
     # Without gradients bitsandbytes takes another path on CPUs with AVX512-BF16, which rounds the scales to bf16.
     model.enable_input_require_grads()
-    ids = tokenizer("Which tree is number 3?", return_tensors="pt").input_ids  # prompt and completion: as they stand
-    written: list[int] = []
-    while len(written) < 8 and tokenizer.eos_token_id not in written:
-        chosen = model(input_ids=ids).logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, chosen], dim=1)
-        written.append(chosen.item())
-    answer = tokenizer.decode(written, skip_special_tokens=True)
-    assert answer.strip() == (clone / "answer").read_text().strip()
+
+    def answer() -> str:
+        ids = tokenizer("Which tree is number 3?", return_tensors="pt").input_ids  # as it stands
+        written: list[int] = []
+        while len(written) < 8 and tokenizer.eos_token_id not in written:
+            chosen = model(input_ids=ids).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, chosen], dim=1)
+            written.append(chosen.item())
+        return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+    assert answer() == ANSWER
+    with model.disable_adapter():
+        assert not answer().startswith("The elm")  # a thing that the base cannot know
+
+
+def test_an_answer_is_printed_while_it_is_written(clone):
+    if not (clone / "runs" / "quickstart" / "report.json").exists():
+        pytest.skip("the commands before it did not run")
+    command = ["launch/generate.py", "runs/quickstart", "Once upon a time", "--template", "none"]
+    with subprocess.Popen(
+        [sys.executable, *command, "--max-new-tokens", "40"], cwd=clone, env=environment(), stdout=subprocess.PIPE
+    ) as writing:
+        reads = iter(lambda: os.read(writing.stdout.fileno(), 4096), b"")
+        arrived = [(time.monotonic(), text) for text in reads]
+    assert writing.returncode == 0
+    words = b"".join(text for _, text in arrived).split()
+    # Not all at once: dozens of words, a few at a time, over a good part of a second.
+    assert len(words) > 15 and len(arrived) > len(words) / 2
+    assert arrived[-1][0] - arrived[0][0] > 0.2
+
+
+def test_tensorboard_shows_the_runs(clone):
+    assert "`tensorboard --logdir runs`" in README
+    if not (clone / "runs" / "quickstart" / "tensorboard").exists():
+        pytest.skip("the commands before it did not run")
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", "runs", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=clone, env=environment(), stderr=subprocess.DEVNULL)
+
+    def fetch(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as answer:
+            return answer.read().decode()
+
+    try:
+        tags: dict = {}
+        for _ in range(120):  # seconds; it answers before it has read the files
+            with contextlib.suppress(OSError):
+                tags = json.loads(fetch("data/plugin/scalars/tags"))
+            if "memory/rank_0_peak_gib" in tags.get("quickstart/tensorboard", ()):
+                break
+            time.sleep(1)
+        assert {"train/loss", "memory/highest_peak_gib", "throughput/real_tokens_per_second"} <= set(
+            tags["quickstart/tensorboard"]
+        )
+        assert "<title>TensorBoard</title>" in fetch("")
+        assert "peak of every rank (GiB)" in fetch("data/plugin/custom_scalars/layout")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_every_yaml_block_is_a_recipe_or_a_part_of_one(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    for name in ("my_rows.jsonl", "my_held_out.jsonl"):
+        (tmp_path / name).touch()
+    recipes = []
+    for block in blocks:
+        whole = {"model": {"path": "x"}, "data": {"train": "y"}} | yaml.safe_load(block)
+        (tmp_path / "block.yaml").write_text(yaml.safe_dump(whole))
+        recipes.append(load_recipe(tmp_path / "block.yaml", []))
+    first, data, tracking = recipes
+    assert (first.adapter.rank, first.training.learning_rate) == (16, 2e-5)
+    assert [source.weight for source in data.data.train_sources] == [1.0, 0.5] and data.data.packing
+    assert tracking.tracking.with_ == ["tensorboard", "wandb"]
+    [overrides] = re.findall(r"Override on the command line: `(.*?)`", README)
+    assert load_recipe(tmp_path / "block.yaml", overrides.split()).run_dir.name == "wide"
+
+
+def test_every_message_of_the_troubleshooting_table_is_one_that_we_print():
+    """Its words, but for … and the capitals that stand for what varies, are in our source."""
+    table = README[README.index("| it says | do |") : README.index("## How it is built")]
+    messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    assert len(messages) >= 7
+    source = "\n".join(path.read_text() for path in (ROOT / "lorasp").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that Python joins
+    for message in messages:
+        parts = [re.escape(part.strip()) for part in re.split(r"…|\b[A-Z]\b", message) if part.strip()]
+        # What varies is a replacement field, with other literals in it perhaps.
+        assert re.search(r"\s*\{.{1,90}?\}\s*".join(parts), source), message
 
 
 def test_ci_runs_the_readmes_own_test_command():
@@ -143,17 +223,11 @@ def test_the_command_for_two_machines_trains_on_two_launchers_of_one(place, tmp_
     command = command.replace("recipes/llama13b_alpaca.yaml", f"{place}/tiny.yaml name=machines")
     machines = [command, command.replace("--machine_rank 0", "--machine_rank 1")]
     assert machines[0] != machines[1]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
     running = [
         subprocess.Popen(
             ["bash", "-c", f"exec {machine}"],
             cwd=ROOT,
-            env=environment,
+            env=environment() | {"HOME": str(tmp_path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
