@@ -107,7 +107,7 @@ class Benchmark:
         self._total = _WARM_UP + options.steps
         self._global_batch = options.batch * options.ranks
         self._environment = {**os.environ, **_ALLOCATOR, "OMP_NUM_THREADS": str(options.threads)}
-        self.empty = 1024 * int(self._output([sys.executable, "-c", _EMPTY]))
+        self.empty = 1024 * int(self._output([sys.executable, "-c", _EMPTY]).split()[-1])  # DeepSpeed talks, too
         self._write_data()
 
     def run(self, case: Case) -> dict[str, Measured]:

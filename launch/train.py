@@ -96,7 +96,8 @@ def main() -> int:
         with log.phase("rehearse_train"):
             units = order.largest_units(data.train.examples, training.micro_batch_size)
             largest = worst_batch(units, training.micro_batch_size)
-            rehearse_step(engine, largest, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
+            accumulation = recipe.accumulation(ranks.world_size)
+            rehearse_step(engine, largest, accumulation, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
         with log.phase("rehearse_evaluate"):
             if data.held_out is not None:
                 largest = worst_batch(data.held_out.examples, recipe.evaluation.micro_batch_size)

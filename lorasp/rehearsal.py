@@ -34,16 +34,19 @@ def worst_batch(examples: Sequence[Example], micro_batch_size: int) -> Batch:
     return collate(worst, range(len(worst)))
 
 
-def rehearse_step(engine: Engine, batch: Batch, *, dtype: torch.dtype, device: torch.device, world_size: int) -> None:
+def rehearse_step(
+    engine: Engine, batch: Batch, accumulation: int, *, dtype: torch.dtype, device: torch.device, world_size: int
+) -> None:
     """Forward, backward and optimizer step of `batch` on every rank, twice, undone. Collective.
 
-    Twice: ZeRO-3 gathers ahead of use only once it has seen a whole step, so the second holds a unit more.
+    Twice: ZeRO-3 gathers ahead of use only once it has seen a whole step, so the second holds a unit more. And with two
+    micro batches where the run accumulates any.
 
     Raises RecipeError if the loss or its gradient is NaN or infinite before anything was trained.
     """
     step = TrainingStep(
         step=0,
-        micro_batches=[batch],
+        micro_batches=[batch] * min(2, accumulation),  # the second finds the first one's gradients
         label_count=max(1, len(batch.labels)) * world_size,
         token_count=sum(batch.lengths) * world_size,
         computed_count=sum(batch.lengths) * world_size,

@@ -67,11 +67,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_no_step_of_two_ranks_holds_more_than_the_rehearsed_ones(place, tmp_path):
-    """ZeRO-3 gathers a layer ahead from the second step on, so the first alone would be too little.
-
-    The least that the second one adds is a layer's codes, half a byte each of 45·42 + 2·45·14 + 42·45 + 3·45·91
-    weights.
-    """
+    """Four micro batches a step: those after the first find its gradients, and ZeRO-3 gathers ahead from step 2 on."""
     script = tmp_path / "counted.py"
     arguments = [str(place / "tiny.yaml"), "name=counted", "evaluation.samples=0", "training.micro_batch_size=1"]
     script.write_text(_COUNTED.format(out=f"{tmp_path}/peaks", argv=[TRAIN, *arguments, "data.limit=16"]))
@@ -80,9 +76,9 @@ def test_no_step_of_two_ranks_holds_more_than_the_rehearsed_ones(place, tmp_path
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         peaks = json.loads((tmp_path / f"peaks{rank}").read_text())
-        first, second = peaks["rehearsed"]
-        assert second >= first + (45 * 42 + 2 * 45 * 14 + 42 * 45 + 3 * 45 * 91) // 2
-        assert len(peaks["trained"]) == 4 and max(peaks["trained"]) <= max(first, second)
+        assert len(peaks["rehearsed"]) == 2 and len(peaks["trained"]) == 4
+        # As much, and not more than the longest rows explain.
+        assert max(peaks["trained"]) <= max(peaks["rehearsed"]) < 1.1 * max(peaks["trained"])
 
 
 _LIMITED = """
