@@ -39,7 +39,7 @@ def rehearse_step(
 ) -> None:
     """Forward, backward and optimizer step of `batch` on every rank, twice, undone. Collective.
 
-    Twice: ZeRO-3 gathers ahead of use only once it has seen a whole step, so the second holds a unit more. And with two
+    Twice: ZeRO-3 gathers ahead of use only once it has seen a whole step, so the second holds a unit more. With two
     micro batches where the run accumulates any.
 
     Raises RecipeError if the loss or its gradient is NaN or infinite before anything was trained.
