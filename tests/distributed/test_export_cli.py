@@ -72,7 +72,12 @@ def generate(trained, home):
         command = [sys.executable, str(ROOT / "launch" / "generate.py"), str(trained), *arguments]
         environment = {"PATH": os.environ["PATH"], "HOME": str(home), "OMP_NUM_THREADS": "1"}
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, **streams)
+        # A background job of a shell inherits that Ctrl-C is ignored; a user at a terminal does not.
+        heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, **streams)
+        finally:
+            signal.signal(signal.SIGINT, heard)
 
     return start
 
