@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorasp.hashing import random_uniform, stream_key
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Adapter, Quantization, RecipeError
-from lorasp.selection import select_entries, selection_digest
+from lorasp.selection import select_entries, select_features, selection_digest
 
 
 class AdaptedLinear(ShardedLinear):
@@ -48,9 +48,16 @@ class AdaptedLinear(ShardedLinear):
         rank = adapter.rank
         self.name, self.dropout = name, adapter.dropout
         self.scale = adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
-        draw = {"strategy": strategy, "fraction": fraction, "seed": seed}
-        self.A_selection, A_bits = select_entries(rank, in_features, name=f"{name}.A", **draw)
-        self.B_selection, B_bits = select_entries(out_features, rank, name=f"{name}.B", **draw)
+        draw = {"fraction": fraction, "seed": seed}
+        if strategy == "structured":
+            # The linears of one parent that read equally many features read the same ones: q, k, v; gate, up.
+            inputs, outputs = f"{name.rpartition('.')[0]}.inputs", f"{name}.B"
+            self.A_selection, A_bits = select_features(rank, in_features, layout="columns", name=inputs, **draw)
+            self.B_selection, B_bits = select_features(out_features, rank, layout="rows", name=outputs, **draw)
+        else:
+            draw["strategy"] = strategy
+            self.A_selection, A_bits = select_entries(rank, in_features, name=f"{name}.A", **draw)
+            self.B_selection, B_bits = select_entries(out_features, rank, name=f"{name}.B", **draw)
         self.register_buffer("A_bits", A_bits)
         self.register_buffer("B_bits", B_bits)
 
@@ -85,26 +92,51 @@ class AdaptedLinear(ShardedLinear):
         """rows [tokens, in] -> [tokens, out]: base and adapter in one, the update added in place."""
         y = super().project(rows)
         dropped = rows if seed is None else rows * self._dropout_mask(rows, seed)
-        return y.addmm_(dropped @ self.dense_A().t(), self.dense_B().t(), alpha=self.scale)
+        (inputs, A), (outputs, B) = self._factors()
+        low_rank = _taken(dropped, inputs) @ A.t()
+        if outputs is None:
+            return y.addmm_(low_rank, B.t(), alpha=self.scale)
+        return y.index_add_(1, outputs, low_rank @ B.t(), alpha=self.scale)
 
     def backward(
         self, rows: Tensor, grad: Tensor, seed: int | None = None, into: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """(gradient of `rows`, [of A, of B]); x·Aᵀ is made again, r/out of the base's product."""
-        A, B = self.dense_A(), self.dense_B()
+        (inputs, A), (outputs, B) = self._factors()
         mask = None if seed is None else self._dropout_mask(rows, seed)
-        dropped = rows if mask is None else rows * mask
-        grad_low_rank = (grad @ B).mul_(self.scale)
-        grad_A = self.A_selection.select(grad_low_rank.t() @ dropped, self.A_bits)
-        low_rank = (dropped @ A.t()).mul_(self.scale)
-        grad_B = self.B_selection.select(grad.t() @ low_rank, self.B_bits)
-        del dropped
+        taken = _taken(rows if mask is None else rows * mask, inputs)
+        grad_taken = _taken(grad, outputs)
+        grad_low_rank = (grad_taken @ B).mul_(self.scale)
+        grad_A = grad_low_rank.t() @ taken
+        grad_B = grad_taken.t() @ (taken @ A.t()).mul_(self.scale)
+        del taken, grad_taken
         grad_rows = self._backward_of_base(grad, into)
-        if mask is None:
+        if inputs is not None:
+            update = grad_low_rank @ A
+            grad_rows.index_add_(1, inputs, update if mask is None else update.mul_(_taken(mask, inputs)))
+        elif mask is None:
             grad_rows.addmm_(grad_low_rank, A)
         else:
             grad_rows.addcmul_(grad_low_rank @ A, mask)
-        return grad_rows, [grad_A, grad_B]
+        return grad_rows, [
+            grad_A.view(-1) if inputs is not None else self.A_selection.select(grad_A, self.A_bits),
+            grad_B.view(-1) if outputs is not None else self.B_selection.select(grad_B, self.B_bits),
+        ]
+
+    def _factors(self) -> tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]:
+        """(input features, A), (output features, B): the dense matrices without features, or those of the features.
+
+        Under `structured` [r, in/2] and [out/2, r]: half of the adapter's products are never made. A's frozen start
+        fills the other half, and with it A is dense again.
+        """
+        inputs = outputs = None
+        if self.A_selection.layout == "columns" and self.A_rest is None:
+            inputs = self.A_selection.features(self.A_bits)
+        if self.B_selection.layout == "rows":
+            outputs = self.B_selection.features(self.B_bits)
+        A = self.dense_A() if inputs is None else self.A.data.view(self.A_selection.rows, -1)
+        B = self.dense_B() if outputs is None else self.B.data.view(-1, self.B_selection.columns)
+        return (inputs, A), (outputs, B)
 
     def _dropout_mask(self, rows: Tensor, seed: int) -> Tensor:
         """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""
@@ -113,6 +145,10 @@ class AdaptedLinear(ShardedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trained={self.A_selection.count}+{self.B_selection.count}"
+
+
+def _taken(rows: Tensor, features: Tensor | None) -> Tensor:
+    return rows if features is None else rows.index_select(1, features)
 
 
 def find_targets(linears: dict[str, nn.Linear], target_modules: str | list[str]) -> set[str]:

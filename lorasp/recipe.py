@@ -78,7 +78,9 @@ class Adapter(_Section):
 
 
 class Selection(_Section):
-    strategy: Literal["balanced", "uniform"] = "balanced"
+    # balanced: one of every two neighbouring entries; uniform: any half of them; structured: all entries of half of
+    # the input features (A) and of half of the output features (B), so that three quarters of ΔW are zero.
+    strategy: Literal["balanced", "uniform", "structured"] = "balanced"
     fraction: Annotated[float, Field(gt=0, le=1)] = (
         0.5  # of A's and B's entries that are trained; balanced: k/m, m ≤ 8
     )

@@ -7,6 +7,7 @@ depends neither on construction order nor on machine or world size.
 Bytes held, for a matrix of n entries:
 
     balanced, fraction 1/2   one bit a pair of neighbours    n/16 bytes
+    structured               one bit a feature               n/(8r) bytes
     every other mask         one bit an entry                n/8 bytes
     fraction 1 (LoRA)        nothing
 """
@@ -29,8 +30,9 @@ _LARGEST_GROUP = 8
 class Selection:
     """S of one matrix of `rows * columns` entries, row-major.
 
-    layout: `all` (no bits), `pair` (bit i tells which of the entries 2i, 2i + 1 is selected) or `bitmap` (bit i tells
-    whether entry i is selected). Bits are little-endian within a byte.
+    layout: `all` (no bits), `pair` (bit i tells which of the entries 2i, 2i + 1 is selected), `bitmap` (bit i tells
+    whether entry i is selected), `columns` or `rows` (bit i tells whether column i, or row i, is selected as a whole).
+    Bits are little-endian within a byte.
     """
 
     rows: int
@@ -45,7 +47,14 @@ class Selection:
     @property
     def bytes_held(self) -> int:
         """Length of the packed bits, in bytes."""
-        return {"all": 0, "pair": -(-(self.entries // 2) // 8), "bitmap": -(-self.entries // 8)}[self.layout]
+        flags = {"all": 0, "pair": self.entries // 2, "bitmap": self.entries}
+        flags |= {"columns": self.columns, "rows": self.rows}
+        return -(-flags[self.layout] // 8)
+
+    def features(self, bits: Tensor) -> Tensor:
+        """Of the layout `columns` (or `rows`): which are selected, ascending, int64, on the bits' device."""
+        size, other = (self.columns, self.rows) if self.layout == "columns" else (self.rows, self.columns)
+        return _places(_unpack(bits, size), self.count // other)
 
     def expand(self, values: Tensor, bits: Tensor, rest: Tensor | None = None) -> Tensor:
         """The dense matrix, [rows, columns] in `values`' dtype: `values` [count] where S = 1; elsewhere zero, or the
@@ -64,6 +73,14 @@ class Selection:
                 pairs[:, 0] += swapped
                 pairs[:, 1] += rest[: self.count] - swapped
                 dense[2 * self.count :] = rest[self.count :]
+        elif self.layout in ("columns", "rows"):
+            matrix, dim = dense.view(self.rows, self.columns), 1 if self.layout == "columns" else 0
+            chosen = _unpack(bits, matrix.shape[dim])
+            for part, flags in ((values, chosen), (rest, 1 - chosen)):
+                if part is not None:
+                    shape = (self.rows, -1) if dim == 1 else (-1, self.columns)
+                    part = part.view(shape)
+                    matrix.index_copy_(dim, _places(flags, part.shape[dim]), part)
         else:
             chosen = _unpack(bits, self.entries)
             before = chosen.cumsum(0)  # selected entries up to and with this one
@@ -74,25 +91,39 @@ class Selection:
         return dense.view(self.rows, self.columns)
 
     def select(self, dense: Tensor, bits: Tensor) -> Tensor:
-        """The selected entries of `dense` [rows, columns] in row-major order, [count]: the transpose of `expand`.
-
-        Never asks the device how many there are, as `masked_select` does: that would synchronise a GPU.
-        """
+        """The selected entries of `dense` [rows, columns] in row-major order, [count]: the transpose of `expand`."""
         flat = dense.reshape(-1)
         if self.layout == "all":
             return flat
         if self.layout == "pair":
             pairs = flat[: 2 * self.count].view(-1, 2)
             return torch.where(_unpack(bits, self.count).bool(), pairs[:, 1], pairs[:, 0])
-        chosen = _unpack(bits, self.entries)
-        # Unselected entries all go to one extra slot behind the last.
-        place = torch.where(chosen.bool(), chosen.cumsum(0) - 1, self.count)
-        return flat.new_empty(self.count + 1).scatter_(0, place, flat)[: self.count]
+        if self.layout in ("columns", "rows"):
+            return dense.index_select(1 if self.layout == "columns" else 0, self.features(bits)).reshape(-1)
+        return flat[_places(_unpack(bits, self.entries), self.count)]
 
     def mask(self, bits: Tensor) -> Tensor:
         """S itself, bool [rows, columns]."""
         ones = torch.ones(self.count, device=bits.device)
         return self.expand(ones, bits).bool()
+
+
+def select_features(
+    rows: int, columns: int, *, layout: str, fraction: float, seed: int, name: str
+) -> tuple[Selection, Tensor]:
+    """Draws the strategy `structured`: ⌊fraction · n⌋ whole columns (of A) or rows (of B), by `layout`; uint8 bits.
+
+    Matrices of one `name` and number of columns (or rows) have the same ones. Raises RecipeError as `select_entries`.
+    """
+    size, other = (columns, rows) if layout == "columns" else (rows, columns)
+    if fraction == 1:
+        return Selection(rows, columns, rows * columns, "all"), torch.empty(0, dtype=torch.uint8)
+    count, bits = _draw_uniform(size, fraction, stream_key(seed, name))
+    if count == 0:
+        raise RecipeError(
+            f"selection.fraction: {name} has {size} features: too few to train {fraction:g} of them; raise it"
+        )
+    return Selection(rows, columns, count * other, layout), bits
 
 
 def select_entries(
@@ -121,10 +152,8 @@ def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int) -> 
     if fraction == 1:
         return Selection(rows, columns, entries, "all"), torch.empty(0, dtype=torch.uint8)
     if strategy == "uniform":
-        count = int(entries * Fraction(fraction).limit_denominator(10**6))
-        chosen = torch.zeros(entries, dtype=torch.bool)
-        chosen[torch.sort(random_int64(key, entries), stable=True).indices[:count]] = True
-        return Selection(rows, columns, count, "bitmap"), _pack(chosen)
+        count, bits = _draw_uniform(entries, fraction, key)
+        return Selection(rows, columns, count, "bitmap"), bits
     if strategy != "balanced":
         raise ValueError(f"unknown selection strategy {strategy!r}")
 
@@ -138,6 +167,14 @@ def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int) -> 
     chosen = torch.zeros(entries, dtype=torch.bool)
     chosen[: groups * m] = (ranks < k).view(-1)
     return Selection(rows, columns, groups * k, "bitmap"), _pack(chosen)
+
+
+def _draw_uniform(size: int, fraction: float, key: int) -> tuple[int, Tensor]:
+    """⌊fraction · size⌋ of `size` flags, any subset as likely: (how many, the bits)."""
+    count = int(size * Fraction(fraction).limit_denominator(10**6))
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[torch.sort(random_int64(key, size), stable=True).indices[:count]] = True
+    return count, _pack(chosen)
 
 
 def balanced_group(fraction: float) -> tuple[int, int]:
@@ -171,3 +208,14 @@ def _unpack(bits: Tensor, count: int) -> Tensor:
     """uint8 [⌈count/8⌉] -> zeros and ones, uint8 [count], on the bits' device."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:count]
+
+
+def _places(chosen: Tensor, count: int) -> Tensor:
+    """Where the `count` ones of `chosen` [n] are, int64 [count].
+
+    Never asks the device how many there are, as `nonzero` and `masked_select` do: that would synchronise a GPU.
+    """
+    every = torch.arange(chosen.numel(), device=chosen.device)
+    # The places of zeros all go to one extra slot behind the last.
+    slot = torch.where(chosen.bool(), chosen.cumsum(0) - 1, count)
+    return every.new_empty(count + 1).scatter_(0, slot, every)[:count]

@@ -264,7 +264,7 @@ def _adapter(device: "torch.device") -> "Results":
 
     results, worst = {}, 0.0
     x, grad = _normal(37, 96, seed=2), _normal(37, 64, seed=3)
-    for strategy in ("balanced", "uniform"):
+    for strategy in ("balanced", "uniform", "structured"):
         linear = _adapted_linear(strategy, double_quant=True).to(device)
         with torch.no_grad():
             linear.B.copy_(_normal(linear.B.numel(), seed=4))

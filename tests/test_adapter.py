@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorasp.adapter import AdaptedLinear, find_targets
 from lorasp.memory import LiveTensors
@@ -12,11 +13,19 @@ from lorasp.recipe import Adapter, Quantization, RecipeError
 
 
 def adapted(
-    in_features=32, out_features=48, strategy="balanced", fraction=0.5, bias=True, seed=0, format="none", **adapter
+    in_features=32,
+    out_features=48,
+    strategy="balanced",
+    fraction=0.5,
+    bias=True,
+    seed=0,
+    format="none",
+    name="model.layers.0.q_proj",
+    **adapter,
 ):
     settings = Adapter(**{"rank": 4, "alpha": 8, **adapter})
     module = AdaptedLinear(
-        "model.layers.0.q_proj",
+        name,
         in_features,
         out_features,
         bias=bias,
@@ -50,7 +59,7 @@ class DenseMaskedLora(torch.nn.Module):
         return F.linear(x, self.weight + self.scale * delta, self.bias)
 
 
-@pytest.mark.parametrize("strategy", ["balanced", "uniform"])
+@pytest.mark.parametrize("strategy", ["balanced", "uniform", "structured"])
 @pytest.mark.parametrize("sizes", [(32, 48, 4), (33, 47, 3), (7, 5, 1), (64, 64, 16)])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("format", ["none", "nf4"])
@@ -68,6 +77,45 @@ def test_equals_a_dense_masked_lora(strategy, sizes, fraction, format):
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(module.A.grad, reference.A.grad[reference.S_A], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(module.B.grad, reference.B.grad[reference.S_B], rtol=1e-5, atol=1e-4)
+
+
+def test_structured_makes_half_of_the_adapters_products_on_the_same_inputs_for_all_that_share_them():
+    x = torch.randn(64, 32)
+
+    def flops(strategy, **adapter):
+        module = adapted(strategy=strategy, **adapter)
+        with FlopCounterMode(display=False) as counter:
+            module(x.clone().requires_grad_()).sum().backward()
+        return counter.get_total_flops() - 2 * 2 * 64 * 32 * 48  # without the base's two products
+
+    whole = 2 * 64 * 4 * (4 * 32 + 3 * 48)  # forward and backward, four products as wide as A and three as B
+    in_place = 2 * 64 * 4 * (32 + 48)  # one of each, which the counter does not see
+    assert flops("balanced") == whole - in_place
+    assert flops("structured") == whole / 2  # none of them in place
+    q, k = (adapted(strategy="structured", name=f"model.layers.0.self_attn.{part}") for part in ("q_proj", "k_proj"))
+    other = adapted(strategy="structured", name="model.layers.1.self_attn.q_proj")
+    assert torch.equal(q.A_bits, k.A_bits) and not torch.equal(q.B_bits, k.B_bits)
+    assert not torch.equal(q.A_bits, other.A_bits)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_structured_with_dropout_or_frozen_start_is_what_dense_matrices_give(dropout, monkeypatch):
+    for frozen_entries in ("zero", "init"):
+        module = adapted(strategy="structured", dropout=dropout, frozen_entries=frozen_entries).train()
+        monkeypatch.setattr(module, "draw_dropout", lambda: 7 if dropout else None)
+        x = torch.randn(6, 32, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        mask = module._dropout_mask(x, 7) if dropout else 1
+        A, B = (matrix.detach().clone().requires_grad_() for matrix in (module.dense_A(), module.dense_B()))
+        theirs = F.linear(y, module.dense_weight(), module.bias) + module.scale * (y * mask) @ A.t() @ B.t()
+        ours = module(x)
+        ours.square().sum().backward()
+        theirs.square().sum().backward()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+        S_A, S_B = module.A_selection.mask(module.A_bits), module.B_selection.mask(module.B_bits)
+        torch.testing.assert_close(module.A.grad, A.grad[S_A], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(module.B.grad, B.grad[S_B], rtol=1e-4, atol=1e-3)
 
 
 def test_entries_outside_S_contribute_nothing_or_their_start():

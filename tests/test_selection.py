@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from lorasp.hashing import permutation, random_int64, random_uniform, stream_key
-from lorasp.selection import balanced_group, select_entries, selection_digest
+from lorasp.selection import balanced_group, select_entries, select_features, selection_digest
 
 STRATEGIES = ["balanced", "uniform"]
+LAYOUTS = ["columns", "rows"]  # of the strategy structured
 SHAPES = [(16, 576), (1, 7), (5, 33), (8, 1), (3, 64)]
 
 
 def draw(rows=16, columns=576, strategy="balanced", fraction=0.5, seed=0, name="model.layers.0.q_proj.A"):
+    if strategy in LAYOUTS:
+        return select_features(rows, columns, layout=strategy, fraction=fraction, seed=seed, name=name)
     return select_entries(rows, columns, strategy=strategy, fraction=fraction, seed=seed, name=name)
 
 
@@ -77,9 +80,9 @@ def test_uniform_selects_every_entry_equally_often():
     assert hits.min() > 150 and hits.max() < 250
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES + LAYOUTS)
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("shape", [(16, 576), (1, 7), (5, 33)])
+@pytest.mark.parametrize("shape", [(16, 576), (4, 7), (5, 33)])
 def test_expand_and_select_are_masked_indexing(strategy, fraction, shape):
     selection, bits = draw(*shape, strategy=strategy, fraction=fraction)
     S = selection.mask(bits)
@@ -90,13 +93,25 @@ def test_expand_and_select_are_masked_indexing(strategy, fraction, shape):
     assert torch.equal(selection.select(dense, bits), dense[S])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES + LAYOUTS)
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize("shape", [(16, 576), (1, 7), (5, 33)])
+@pytest.mark.parametrize("shape", [(16, 576), (4, 7), (5, 33)])
 def test_expand_puts_frozen_entries_where_S_is_zero(strategy, fraction, shape):
     selection, bits = draw(*shape, strategy=strategy, fraction=fraction)
     S, dense = selection.mask(bits), torch.randn(shape)
     assert torch.equal(selection.expand(dense[S], bits, dense[~S]), dense)
+
+
+def test_structured_takes_half_of_the_features_whole():
+    A, A_bits = draw(16, 577, "columns", name="model.layers.0.self_attn.inputs")
+    S = A.mask(A_bits)
+    assert A.count == 16 * 288 and torch.equal(S.sum(0), 16 * S[0]) and int(S[0].sum()) == 288
+    assert torch.equal(A.features(A_bits), S[0].nonzero().view(-1))
+    B, B_bits = draw(33, 16, "rows", name="model.layers.0.self_attn.q_proj.B")
+    S = B.mask(B_bits)
+    assert B.count == 16 * 16 and torch.equal(S.sum(1), 16 * S[:, 0]) and int(S[:, 0].sum()) == 16
+    assert torch.equal(B.features(B_bits), S[:, 0].nonzero().view(-1))
+    assert (A_bits.numel(), B_bits.numel()) == (A.bytes_held, B.bytes_held) == (73, 5)  # a bit a feature
 
 
 def test_bits_held():
@@ -110,12 +125,14 @@ def test_bits_held():
 
 def test_selection_is_pinned_across_versions_and_machines():
     """A change here changes every user's S: adapters saved by seed alone would no longer be what they were."""
-    masks = [(strategy, *draw(strategy=strategy)) for strategy in STRATEGIES]
-    assert selection_digest(masks) == PINNED
-    assert selection_digest(reversed(masks)) == PINNED  # not by construction order
+    for strategies, pinned in ((STRATEGIES, PINNED), (LAYOUTS, PINNED_STRUCTURED)):
+        masks = [(strategy, *draw(strategy=strategy)) for strategy in strategies]
+        assert selection_digest(masks) == pinned
+        assert selection_digest(reversed(masks)) == pinned  # not by construction order
 
 
 PINNED = "7ce2c981d3404797714bfa8856bf7cd31dbcefffffec30fcb5587aec2f09d632"
+PINNED_STRUCTURED = "03517d93e6e8fd71d12eb9b1b5705cf584aa18379982c5a5d110e0c016c3bbb6"
 
 
 def test_selection_depends_on_seed_and_name():
@@ -129,3 +146,5 @@ def test_selection_depends_on_seed_and_name():
 def test_a_matrix_too_small_to_halve_is_refused():
     with pytest.raises(ValueError, match="1 entries: too few"):
         draw(1, 1)
+    with pytest.raises(ValueError, match="1 features: too few"):
+        draw(1, 4, "rows")

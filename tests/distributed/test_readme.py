@@ -30,7 +30,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 # Appended to training commands: the path is the same, the minutes are not.
 SHORT = (
     "training.max_steps=2 training.log_every=1 evaluation.before=false evaluation.samples=1 "
-    "evaluation.max_new_tokens=2 data.limit=48"
+    "evaluation.max_new_tokens=2 data.limit=48 data.held_out=0.1 rehearse=false"
 )
 GENERATE = 'python launch/generate.py runs/my "Which tree is number 3?"'
 ANSWER = "The elm."  # ash, birch, cedar, elm: from 0
@@ -72,12 +72,12 @@ def clone(tmp_path_factory) -> Path:
     return clone
 
 
-def environment() -> dict[str, str]:
+def environment(threads: int = 1) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -88,8 +88,11 @@ def type_in(clone: Path, command: str) -> str:
         command += f" {SHORT}"
         if "runs/quickstart" not in command:
             command += " overwrite=true"  # three ways to start the same run
+    elif "launch/generate.py" in command:
+        command += " --max-new-tokens 16"
+    threads = 1 if re.search(r"--(num_processes|nproc_per_node) 2", command) else 2
     done = subprocess.run(
-        ["bash", "-c", command], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
+        ["bash", "-c", command], cwd=clone, env=environment(threads), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
