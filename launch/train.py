@@ -23,6 +23,7 @@ def main() -> int:
     from lorasp.data.batches import training_batches
     from lorasp.data.load import load_data
     from lorasp.models.weights import hub_commit, load_tokenizer
+    from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
     from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
@@ -37,6 +38,7 @@ def main() -> int:
         save_result,
         score,
     )
+    from lorasp.timing import matrix_product_limit
     from lorasp.trainer import NonFiniteLoss, train
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
@@ -45,6 +47,7 @@ def main() -> int:
     dtype = compute_dtype(recipe)
     ranks = start_ranks(recipe, dtype)
     run_dir = claim_run_directory(recipe, ranks)
+    product_limit = matrix_product_limit(ranks.device, dtype)  # before anything is measured
     log = RunLog(recipe, ranks, run_dir)
     log.console.info(f"{recipe.name}: {recipe.method}, {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
     for setting in ranks.overruled:
@@ -56,6 +59,7 @@ def main() -> int:
     fetch_data(recipe, ranks)
     data = load_data(recipe, tokenizer)
     order = data.order(recipe)
+    check_profile(recipe.profile, order.total_steps)
     for line in data.describe():
         log.console.info(line)
 
@@ -127,10 +131,17 @@ def main() -> int:
         world_size=ranks.world_size,
     )
     try:
-        with log.training(order.total_steps):
+        with log.training(order.total_steps, loaded.flops, product_limit):
             train(
                 engine,
-                batches,
+                profiled(
+                    batches,
+                    recipe.profile,
+                    run_dir,
+                    rank=ranks.rank,
+                    device=ranks.device,
+                    warn=log.console.warn,
+                ),
                 order.total_steps,
                 training,
                 device=ranks.device,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorasp.adapter import AdaptedLinear
+from lorasp.models.causal_lm import Head
 from lorasp.quantization import ShardedLinear
 from lorasp.zero.engine import Engine
 from lorasp.zero.sharding import shard_bytes
@@ -38,6 +39,41 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     if adapter == 0:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ParameterCounts(base + adapter, adapter, trained)
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Floating-point operations that training needs of a model, whatever is recomputed.
+
+    Two for each entry of a matrix that a token meets forward, two backward for the gradient of the input, two more
+    where the matrix is trained. per_token: of a real token, in the decoder's linears and adapters; per_label: of a
+    labelled position, in the head. Attention's own products, which grow with the length, are left out.
+    """
+
+    per_token: int
+    per_label: int
+
+    def mfu(self, tokens_per_second: float, labels_per_second: float, limit: float) -> float:
+        """Model FLOPs utilization (arXiv 2204.02311, appendix B): needed FLOP/s over those possible.
+
+        Both rates and `limit` (FLOP/s in matrix products, see `timing.matrix_product_limit`) over all ranks.
+        """
+        return (self.per_token * tokens_per_second + self.per_label * labels_per_second) / limit
+
+
+def count_flops(model: nn.Module) -> TrainingFlops:
+    """Of an unsharded model (the meta device will do)."""
+    per_token = per_label = 0
+    for module in model.modules():
+        if isinstance(module, Head):
+            per_label += (6 if module.weight.requires_grad else 4) * module.weight.numel()
+        if isinstance(module, ShardedLinear):
+            base_trained = not isinstance(module, AdaptedLinear) and module.needs_input
+            per_token += (6 if base_trained else 4) * module.in_features * module.out_features
+        if isinstance(module, AdaptedLinear):
+            for selection in (module.A_selection, module.B_selection):
+                per_token += 6 * (selection.count if selection.layout in ("columns", "rows") else selection.entries)
+    return TrainingFlops(per_token, per_label)
 
 
 def held_bytes(model: nn.Module, engine: Engine | None) -> dict[str, int]:

@@ -245,6 +245,13 @@ class Tracking(_Section):
         return names
 
 
+class Profile(_Section):
+    """A trace of some steps, a file a rank under `runs/NAME/profile/`: see profiling.py."""
+
+    first_step: Count | None = None  # from 1; the first ones hold allocations and ZeRO-3's own trace. None: no profile
+    steps: Count = 2
+
+
 _DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 # What a method has no use for. An explicit setting of these is an error, since nothing would come of it.
 _IGNORED = {"lorasp": (), "lora": ("selection", "adapter.frozen_entries"), "full": ("selection", "adapter")}
@@ -266,6 +273,7 @@ class Recipe(_Section):
     evaluation: Evaluation = Evaluation()
     deepspeed: DeepSpeed = DeepSpeed()
     tracking: Tracking = Tracking()
+    profile: Profile = Profile()
 
     @field_validator("name")
     @classmethod

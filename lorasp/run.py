@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from lorasp.accounting import ParameterCounts, count_parameters
+from lorasp.accounting import ParameterCounts, TrainingFlops, count_flops, count_parameters
 from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, replacing_whole, save_adapter, save_model
 from lorasp.data.load import RunData, download_data
 from lorasp.evaluation.answers import greedy_answers
@@ -26,7 +26,7 @@ from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
 from lorasp.zero.sharding import broadcast_buffer, shard_unit
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
-_OURS = (*_RESULTS, "report.md", "plots", "tensorboard", "export")
+_OURS = (*_RESULTS, "report.md", "plots", "tensorboard", "profile", "export")
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -108,6 +108,7 @@ class LoadedModel:
     counts: ParameterCounts
     base_digest: str
     start: AdapterInfo | None
+    flops: TrainingFlops
     recomputation: str
     fallback: str | None
 
@@ -122,7 +123,7 @@ def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype
     model = build_on_meta(config, recipe, dtype)
     if saved is not None:
         saved.apply(model)
-    counts = count_parameters(model)
+    counts, flops = count_parameters(model), count_flops(model)
     ds_config = deepspeed_config(recipe, dtype, ranks.world_size)
     ds_config["zero_optimization"][PREFETCH] = 0  # no matter of sharding; "auto" is known only to the engine
     fill_and_shard(
@@ -138,7 +139,7 @@ def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype
     if saved is not None:
         saved.check_base(digest[0])
     policy, fallback = set_recomputation(model.model, recipe.training.activation_checkpointing)
-    return LoadedModel(model, counts, digest[0], saved.info if saved else None, policy, fallback)
+    return LoadedModel(model, counts, digest[0], saved.info if saved else None, flops, policy, fallback)
 
 
 def save_result(

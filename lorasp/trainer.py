@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,10 @@ from torch import distributed as dist
 from lorasp.data.batches import TrainingStep
 from lorasp.recipe import Training
 from lorasp.schedule import learning_rate
+from lorasp.timing import PartTimer
 from lorasp.zero.engine import Engine
+
+PARTS = ("data", "gather", "reduce", "optimizer", "compute")  # of a step's seconds; the last is the rest
 
 
 class NonFiniteLoss(RuntimeError):
@@ -36,8 +39,9 @@ class LogPoint:
     """What was measured over the optimizer steps since the last log point.
 
     step: steps done; loss: mean cross entropy of a labelled token (nats) at the last of them; gradient_norm: before
-    clipping; step_seconds: mean wall time of a step; tokens a second over all ranks, real (of examples) and computed
-    (real and dummies).
+    clipping; step_seconds: mean wall time of a step; tokens a second over all ranks, real (of examples), computed
+    (real and dummies) and labelled. part_seconds: what of step_seconds this rank was at, by part: `data` (making
+    batches), `gather`, `reduce` and `optimizer` (see zero/engine.py), and `compute`, which is the rest.
     """
 
     step: int
@@ -47,6 +51,8 @@ class LogPoint:
     step_seconds: float
     real_tokens_per_second: float
     computed_tokens_per_second: float
+    labels_per_second: float
+    part_seconds: dict[str, float]
 
 
 def train(
@@ -67,10 +73,11 @@ def train(
     caller afterwards, finds weights whose own loss was finite: a step's loss is that of the weights before its update.
     """
     unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
-    tokens_real = tokens_computed = 0
-    since = time.perf_counter()
+    tokens_real = tokens_computed = labels = 0
     engine.train_mode(True)
-    for current in steps:
+    engine.timer.take()  # what was before is not training's
+    since = time.perf_counter()
+    for current in _timed(steps, engine.timer):
         rate = learning_rate(current.step, total_steps, training)
         engine.set_learning_rate(rate)
         loss, norm = train_step(engine, current, device, world_size)
@@ -80,6 +87,7 @@ def train(
         unread.append((loss, norm))
         tokens_real += current.token_count
         tokens_computed += current.computed_count
+        labels += current.label_count
 
         step = current.step + 1
         # After the last step the caller does all of it anyway.
@@ -98,15 +106,34 @@ def train(
                 step_seconds=seconds / len(losses),
                 real_tokens_per_second=tokens_real / seconds,
                 computed_tokens_per_second=tokens_computed / seconds,
+                labels_per_second=labels / seconds,
+                part_seconds=_parts_of_a_step(engine.timer.take(), seconds, len(losses)),
             )
             on_log(point)
-            unread, tokens_real, tokens_computed = [], 0, 0
+            unread, tokens_real, tokens_computed, labels = [], 0, 0, 0
             if (due or step == total_steps) and not math.isfinite(_loss_now(engine, current, device)):
                 raise NonFiniteLoss(step, after_update=True)
             for action in due:
                 action(step)
                 engine.train_mode(True)
+            engine.timer.take()
             since = time.perf_counter()
+
+
+def _timed(steps: Iterable[TrainingStep], timer: PartTimer) -> Iterator[TrainingStep]:
+    iterator = iter(steps)
+    while True:
+        with timer.part("data", on_host=True):
+            step = next(iterator, None)
+        if step is None:
+            return
+        yield step
+
+
+def _parts_of_a_step(parts: dict[str, float], seconds: float, steps: int) -> dict[str, float]:
+    """Mean seconds of a step by part, from the sums over all steps."""
+    named = {name: parts.get(name, 0.0) / steps for name in PARTS[:-1]}
+    return named | {PARTS[-1]: max(0.0, seconds / steps - sum(named.values()))}
 
 
 def train_step(engine: Engine, step: TrainingStep, device: torch.device, world_size: int) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from lorasp.accounting import count_parameters
+from lorasp.accounting import count_flops, count_parameters
 from lorasp.adapter import AdaptedLinear
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
@@ -91,6 +92,31 @@ def test_counts_are_those_of_the_architecture(directories):
             load_config(directories[kind], settings.model), recipe(directories[kind], method="full"), torch.float32
         )
         assert count_parameters(full).trained == count_parameters(full).total == reference
+
+
+def test_flops_are_those_of_the_products_that_a_step_makes(directories):
+    """Counted by torch while the whole model is trained; with an adapter by hand, structured and not."""
+    model = build(directories["llama"], method="full", training={"activation_checkpointing": "none"})
+    batch = collate(EXAMPLES, [1])
+    with FlopCounterMode(display=False) as counter:
+        model(**batch.model_inputs("cpu")).backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(flops for operation, flops in counted.items() if str(operation) in ("aten.mm", "aten.addmm"))
+    flops = count_flops(model)
+    assert products == flops.per_token * 31 + flops.per_label * 21
+    head = model.model.lm_head.weight.numel()
+    assert flops.per_label == 6 * head
+
+    frozen = count_flops(build(directories["llama"]))
+    linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
+    base = sum(linear.in_features * linear.out_features for linear in linears)
+    adapter = sum(4 * (linear.in_features + linear.out_features) for linear in linears)  # rank 4
+    assert frozen.per_token == 4 * base + 6 * adapter and frozen.per_label == 4 * head
+    halves = sum(4 * (linear.in_features // 2 + linear.out_features // 2) for linear in linears)
+    structured = count_flops(build(directories["llama"], selection={"strategy": "structured"}))
+    assert structured.per_token == 4 * base + 6 * halves
+    # Half of the limit: as many FLOPs a second as 7 tokens with 2 labels need.
+    assert frozen.mfu(7, 2, limit=2 * (7 * frozen.per_token + 2 * frozen.per_label)) == 0.5
 
 
 def test_nothing_but_adapters_is_trained_and_full_trains_all(directories):

@@ -102,6 +102,11 @@ def two_rank_report(**changes: Any) -> dict[str, Any]:
             "real_tokens_per_second": 233.18,
             "computed_tokens_per_second": 233.18,
             "step_seconds_median": 2.318,
+            "mfu": 0.4321,
+            "ranks": [
+                {"rank": 0, "data": 0.001, "gather": 0.2, "reduce": 0.1, "optimizer": 0.0625, "compute": 1.955},
+                {"rank": 1, "data": 0.002, "gather": 0.3, "reduce": 0.1, "optimizer": 0.0625, "compute": 1.854},
+            ],
         },
         "metrics": {
             "held_out_loss_before": 3.021,

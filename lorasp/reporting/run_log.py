@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 from transformers import PreTrainedConfig
 
+from lorasp.accounting import TrainingFlops
 from lorasp.evaluation.held_out import HeldOutScore
 from lorasp.memory import MemoryMeter, gib
 from lorasp.models.recompute import kept_bytes_per_token
@@ -19,7 +20,7 @@ from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
 from lorasp.reporting.run_report import build_report, format_peaks, rank_phases, write_report
-from lorasp.reporting.tensorboard import memory_scalars
+from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
 from lorasp.trainer import LogPoint, NonFiniteLoss
 from lorasp.zero.launch import Ranks
@@ -42,6 +43,7 @@ class RunLog:
         self._held: dict[str, dict[str, int]] = {}
         self._metrics: dict[str, float] = {}
         self._history: list[dict[str, float]] = []
+        self._parts: list[tuple[dict[str, float], ...]] = []  # of each rank, at each log point
         self._scores: list[dict[str, float]] = []
         self._progress = None
 
@@ -114,15 +116,24 @@ class RunLog:
             self.console.info(f"{name.replace('_', ' ')}: peak above baseline {told}")
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
-        """The train phase, with a progress bar."""
+    def training(self, steps: int, flops: TrainingFlops, product_limit: float) -> Iterator[None]:
+        """The train phase, with a progress bar. Collective.
+
+        flops: what the model needs; product_limit: this rank's FLOP/s in matrix products.
+        """
+        self._flops, self._product_limit = flops, sum(self._gather(product_limit))
         with self.phase("train"), self.console.progress(steps, "step") as self._progress:
             yield
 
     def trained(self, point: LogPoint) -> None:
         """A log point of the training loop. Collective."""
         self._mark()
-        memory = self._gather((self._timeline["peak_bytes"][-1], self._timeline["now_bytes"][-1]))
+        row = asdict(point)
+        of_ranks = self._gather(
+            (self._timeline["peak_bytes"][-1], self._timeline["now_bytes"][-1], row.pop("part_seconds"))
+        )
+        peaks, now, parts = zip(*of_ranks, strict=True)
+        row["mfu"] = self._flops.mfu(point.real_tokens_per_second, point.labels_per_second, self._product_limit)
         self._trackers.scalars(
             point.step,
             {
@@ -132,7 +143,9 @@ class RunLog:
                 "throughput/real_tokens_per_second": point.real_tokens_per_second,
                 "throughput/computed_tokens_per_second": point.computed_tokens_per_second,
                 "throughput/step_seconds": point.step_seconds,
-                **memory_scalars(*zip(*memory, strict=True)),
+                "throughput/mfu": row["mfu"],
+                **memory_scalars(peaks, now),
+                **part_scalars(parts),
             },
         )
         self._progress.advance(
@@ -143,7 +156,8 @@ class RunLog:
             grad_norm=point.gradient_norm,
             tokens_per_s=round(point.real_tokens_per_second),
         )
-        self._history.append(asdict(point))
+        self._history.append(row)
+        self._parts.append(parts)
         self._metrics["final_train_loss"] = point.loss
 
     def scored(self, step: int, score: HeldOutScore) -> None:
@@ -196,15 +210,22 @@ class RunLog:
         self.console.info(f"peak memory of every rank:\n{format_peaks(report)}")
         self.console.info(f"report: {path}")
 
-    def _throughput(self) -> dict[str, float]:
+    def _throughput(self) -> dict[str, Any]:
         """Medians over log points, without the first where there are others: it holds the first step's allocations."""
         steady = self._history[1:] or self._history
         names = {
             "real_tokens_per_second": "real_tokens_per_second",
             "computed_tokens_per_second": "computed_tokens_per_second",
             "step_seconds_median": "step_seconds",
+            "mfu": "mfu",
         }
-        return {name: statistics.median(p[key] for p in steady) for name, key in names.items() if steady}
+        if not steady:
+            return {}
+        ranks = [
+            {"rank": rank} | {part: statistics.median(point[part] for point in points) for part in points[0]}
+            for rank, points in enumerate(zip(*(self._parts[1:] or self._parts), strict=True))
+        ]
+        return {name: statistics.median(p[key] for p in steady) for name, key in names.items()} | {"ranks": ranks}
 
     def _gather(self, value: Any) -> list[Any]:
         """`value` (plain data) of every rank, in rank order."""

@@ -77,7 +77,7 @@ def build_report(
     device: str,
     parameters: Mapping[str, int],
     ranks: Sequence[Mapping[str, Mapping[str, Any]]],
-    throughput: Mapping[str, float],
+    throughput: Mapping[str, Any],
     metrics: Mapping[str, float | None],
     data: Mapping[str, Any],
     samples: Sequence[Mapping[str, str]],
@@ -93,9 +93,11 @@ def build_report(
 
     `recipe`: the resolved recipe. `parameters`: `total`, `adapter`, `trained` (numbers of entries) and
     `optimizer_state_bytes` (all ranks together). `ranks`: each rank's `rank_phases`, in rank order. `throughput`:
-    `real_tokens_per_second`, `computed_tokens_per_second`, `step_seconds_median`. `metrics`: pairs `*_before` and
-    `*_after`, and single numbers. `samples`: `prompt`, `expected`, `before`, `after`. `history`: a row for each log
-    point. `status`: "finished", or "stopped: " and the reason; a stopped run leaves empty what it didn't reach.
+    `real_tokens_per_second`, `computed_tokens_per_second`, `step_seconds_median`, `mfu` (see accounting.py) and
+    `ranks`, the seconds of a step by part on each (see trainer.LogPoint): `rank`, `data`, `gather` … `metrics`: pairs
+    `*_before` and `*_after`, and single numbers. `samples`: `prompt`, `expected`, `before`, `after`. `history`: a row
+    for each log point. `status`: "finished", or "stopped: " and the reason; a stopped run leaves empty what it didn't
+    reach.
     `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and `exact_match` of each evaluation.
@@ -394,14 +396,24 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
     return parts
 
 
-def _throughput_section(throughput: Mapping[str, float]) -> list[str]:
+def _throughput_section(throughput: Mapping[str, Any]) -> list[str]:
     labels = {
         "real_tokens_per_second": "real tokens (tokens/s, all ranks)",
         "computed_tokens_per_second": "computed tokens, padding included (tokens/s, all ranks)",
         "step_seconds_median": "optimizer step, median (s)",
+        "mfu": "MFU: share of the ranks' measured matrix-product limit that the model needs for its real tokens",
     }
-    rows = [(labels.get(name, _words(name)), _number(value)) for name, value in throughput.items()]
-    return ["## Throughput", _table(("measure", "value"), rows, "lr")] if rows else []
+    rows = [(labels.get(name, _words(name)), _number(value)) for name, value in throughput.items() if name != "ranks"]
+    sections = ["## Throughput", _table(("measure", "value"), rows, "lr")] if rows else []
+    if ranks := throughput.get("ranks"):
+        sections += [
+            "Seconds of a step by part, medians. gather and reduce include waiting for the slowest rank; compute is "
+            "the rest.",
+            _table(
+                tuple(ranks[0]), [[_number(value) for value in rank.values()] for rank in ranks], "r" * len(ranks[0])
+            ),
+        ]
+    return sections
 
 
 def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:

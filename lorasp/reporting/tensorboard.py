@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from lorasp.trainer import PARTS
+
 GIB = 2**30
 # Columns of the HPARAMS tab beside the settings: the last value of each in a run.
 _COMPARED = (
@@ -20,9 +22,9 @@ class TensorBoard:
     """Writes one event file under `log_dir`, from the first number on.
 
     Tags in use: `train/loss`, `train/learning_rate`, `train/gradient_norm`, `throughput/real_tokens_per_second`,
-    `throughput/computed_tokens_per_second`, `throughput/step_seconds`, `evaluate/held_out_loss`,
-    `evaluate/exact_match`, and those of `memory_scalars`. The CUSTOM SCALARS tab shows all ranks' memory in one chart,
-    HPARAMS compares runs by their settings.
+    `throughput/computed_tokens_per_second`, `throughput/step_seconds`, `throughput/mfu`, `evaluate/held_out_loss`,
+    `evaluate/exact_match`, and those of `memory_scalars` and `part_scalars`. The CUSTOM SCALARS tab shows all ranks'
+    memory in one chart, and their seconds in each part of a step; HPARAMS compares runs by their settings.
     """
 
     def __init__(self, log_dir: str | Path, world_size: int, settings: Mapping[str, str | float] | None = None):
@@ -63,6 +65,15 @@ def memory_scalars(peak_bytes: Sequence[int], now_bytes: Sequence[int]) -> dict[
     return scalars
 
 
+def part_scalars(part_seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of a step by part, of each rank in rank order, as scalars."""
+    return {_part_tag(rank, part): value for rank, parts in enumerate(part_seconds) for part, value in parts.items()}
+
+
+def _part_tag(rank: int, part: str) -> str:
+    return f"step/rank_{rank}_{part}_seconds"
+
+
 def _memory_tag(rank: int, what: str) -> str:
     return f"memory/rank_{rank}_{what}_gib"
 
@@ -75,6 +86,9 @@ def _layout(world_size: int) -> dict[str, dict[str, list]]:
             "held now by every rank (GiB)": [_memory_tag(rank, "now") for rank in range(world_size)],
         },
         "throughput": {"tokens a second, all ranks": [f"throughput/{kind}_tokens_per_second" for kind in _TOKENS]},
+        "step": {
+            f"seconds in {part}, every rank": [_part_tag(rank, part) for rank in range(world_size)] for part in PARTS
+        },
         "loss": {"training and held-out (nats a token)": ["train/loss", "evaluate/held_out_loss"]},
     }
     # Tags are regular expressions there: without an end, rank_1 would be rank_10 too.

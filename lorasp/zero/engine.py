@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lorasp.recipe import Training
+from lorasp.timing import PartTimer
 from lorasp.zero.launch import PREFETCH, Ranks
 from lorasp.zero.sharding import largest_unit_numel
 
@@ -38,12 +39,25 @@ class Engine:
         self._world_size = ranks.world_size
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
         self.model = model
+        self.timer = PartTimer(ranks.device)
+        self._time_parts()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [[(names[id(parameter)], parameter) for parameter in group] for group in self._zero.fp16_groups]
 
     @property
     def _zero(self):
         return self._engine.optimizer
+
+    def _time_parts(self) -> None:
+        """gather: until a unit's parameters are there, and so until the slowest rank is; reduce: the last of the
+        gradients' sums over ranks, likewise; optimizer: clipping and update.
+        """
+        for owner, method, part in (
+            (self._zero.parameter_offload.get_param_coordinator(), "fetch_sub_module", "gather"),
+            (self._zero, "independent_gradient_partition_epilogue", "reduce"),
+            (self._zero, "step", "optimizer"),
+        ):
+            setattr(owner, method, self.timer.timed(part, getattr(owner, method)))
 
     def __call__(self, **inputs):
         """The model's forward, with ZeRO-3's gathers."""

@@ -1,7 +1,9 @@
 """The whole run, from a recipe to a report, by every command that starts it."""
 
+import gzip
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lorasp.trainer import PARTS
 from tests.distributed.commands import Done, accelerate, accelerate_on_two, free_port, python, run, torchrun_on_two
 from tests.tiny_models import BOS, EOS
 
@@ -187,6 +190,31 @@ def test_two_ranks_share_the_base_and_the_optimizer_state(runs, plain, place):
         assert 12 * counts["trained"] <= optimizer <= 12 * (counts["trained"] + (ranks - 1) * 2 * len(linears))
 
 
+def test_a_steps_seconds_are_told_by_part_for_every_rank(two):
+    """On both ranks the parts add up to the step; medians of each, so not to the last digit."""
+    throughput = two.report["throughput"]
+    assert [rank["rank"] for rank in throughput["ranks"]] == [0, 1]
+    for rank in throughput["ranks"]:
+        seconds = [rank[part] for part in PARTS]
+        assert all(value > 0 for value in seconds)
+        assert sum(seconds) == pytest.approx(throughput["step_seconds_median"], rel=0.5)
+    header = r"\| +rank \| +data \| +gather \| +reduce \| +optimizer \| +compute \|"
+    assert re.search(header, (two.directory / "report.md").read_text())
+
+
+def test_a_profile_is_a_trace_of_the_steps_asked_for_on_every_rank(launch_run):
+    """Of steps 3 to 5, which end with the run at step 4."""
+    found = launch_run(
+        accelerate_on_two, "profiled", "profile.first_step=3", "profile.steps=3", "evaluation.samples=0"
+    )
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((found.directory / "profile" / f"rank_{rank}_trace.json.gz").read_bytes()))
+        names = [event.get("name") for event in trace["traceEvents"]]
+        # The three layers' backward in two steps, and the allocations: no other step is in it.
+        assert names.count("_NormMlpAndResidualBackward") == 2 * 3
+        assert names.count("[memory]") > 100
+
+
 def test_the_report_is_resolved_and_counts_what_was_left_out(plain, place):
     report = plain.report
     assert report["recipe"]["adapter"]["rank"] == RANK and report["recipe"]["training"]["warmup_ratio"] == 0.03
@@ -194,6 +222,7 @@ def test_the_report_is_resolved_and_counts_what_was_left_out(plain, place):
     assert report["recipe"]["model"]["path"] == str(place / "model")
     assert {"torch", "transformers", "accelerate", "deepspeed"} <= set(report["versions"])
     assert report["throughput"]["real_tokens_per_second"] > 0 and report["throughput"]["step_seconds_median"] > 0
+    assert report["throughput"]["mfu"] > 0
     assert (report["data"]["train"]["rows"], report["data"]["train"]["dropped_empty"]) == (38, 2)
     assert f"train: 38 rows of {place / 'train.json'} (alpaca); 2 with an empty output dropped" in plain.done.stdout
     for sample in report["samples"]:
@@ -214,6 +243,8 @@ def test_tensorboard_has_every_documented_curve_and_each_ranks_memory(name, runs
         "throughput/real_tokens_per_second",
         "throughput/computed_tokens_per_second",
         "throughput/step_seconds",
+        "throughput/mfu",
+        *(f"step/rank_{rank}_{part}_seconds" for rank in range(ranks) for part in PARTS),
         "memory/highest_peak_gib",
         *(f"memory/rank_{rank}_{what}_gib" for rank in range(ranks) for what in ("peak", "now")),
     }

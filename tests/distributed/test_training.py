@@ -103,6 +103,7 @@ FAMILIES = {
     "fp4_single": ("llama", {"quantization": {"format": "fp4", "double_quant": False}}),
     "unquantized": ("llama", {"quantization": {"format": "none"}}),
     "uniform": ("llama", {"selection": {"strategy": "uniform"}, "training": {"activation_checkpointing": "layer"}}),
+    "structured": ("mistral", {"selection": {"strategy": "structured"}}),
     "init": ("llama", {"adapter": {"rank": 3, "alpha": 4.0, "frozen_entries": "init", "rslora": True}}),
     "no_recomputation": ("qwen2", {"training": {"activation_checkpointing": "none"}}),
     "lean": ("mistral", {"training": {"activation_checkpointing": "lean"}}),
@@ -124,9 +125,10 @@ def two_ranks(models, no_prefetch, tmp_path_factory):
         how = {**short, "training": {"activation_checkpointing": policy}}
         jobs[f"memory_{policy}"] = job(models["llama"], micro=4, live=True, count_operations=True, codes=True, **how)
         jobs[f"gathers_{policy}"] = job(models["llama"], micro=4, gathers=True, **how)
-    jobs["uniform_steady"] = job(
-        models["llama"], micro=4, count_operations=True, selection={"strategy": "uniform"}, **short
-    )
+    for strategy in ("uniform", "structured"):
+        jobs[f"{strategy}_steady"] = job(
+            models["llama"], micro=4, count_operations=True, selection={"strategy": strategy}, **short
+        )
     jobs["accumulation_steady"] = job(models["llama"], micro=2, count_operations=True, **short)
     jobs["deep"] = job(models["llama_deep"], micro=4, steps=1, adapter={"rank": 1, "target_modules": ["q_proj"]})
     jobs["sparse"] = job(
@@ -296,7 +298,8 @@ def test_recomputation_gives_the_same_run(policy, two_ranks):
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"memory_{policy}" for policy in POLICIES), "uniform_steady", "accumulation_steady"]
+    "name",
+    [*(f"memory_{policy}" for policy in POLICIES), "uniform_steady", "structured_steady", "accumulation_steady"],
 )
 def test_a_steady_step_asks_the_device_for_one_number_only(name, two_ranks):
     """DeepSpeed reads the gradient norm once a step to refuse a NaN (stage3.py, is_invalid_grad_norm); we add none."""

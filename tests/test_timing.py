@@ -1,0 +1,48 @@
+"""Where a step's seconds go, and what they are compared with."""
+
+import time
+
+import pytest
+import torch
+
+from lorasp import timing
+from lorasp.timing import PartTimer, matrix_product_limit
+
+CPU = torch.device("cpu")
+
+
+def test_seconds_add_up_by_part_until_they_are_taken(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 20.5, 30.0, 34.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    timer = PartTimer(CPU)
+    gather = timer.timed("gather", lambda value, *, plus: value + plus)
+    assert gather(1, plus=2) == 3 and gather(3, plus=4) == 7
+    with pytest.raises(KeyError), timer.part("data", on_host=True):
+        raise KeyError
+    assert timer.take() == {"gather": 3.0, "data": 0.5}
+    with timer.part("data"):
+        pass
+    assert timer.take() == {"data": 4.0} and timer.take() == {}
+
+
+@pytest.mark.gpu
+def test_a_gpus_part_is_what_its_stream_took_and_not_what_the_host_did():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    timer = PartTimer(torch.device("cuda"))
+    with timer.part("sleep"):
+        torch.cuda._sleep(10**8)
+    started = time.perf_counter()
+    assert timer.take()["sleep"] == pytest.approx(time.perf_counter() - started, rel=0.5)
+
+
+def test_the_limit_is_that_of_the_best_of_products_that_take_long_enough(monkeypatch):
+    taken = []
+
+    def take(_):
+        taken.append([0.5, 0.004, 0.003, 0.005, 0.5, 0.025, 0.03, 0.026][len(taken)])  # a first one, and three
+        return {"product": taken[-1]}
+
+    monkeypatch.setattr(timing.PartTimer, "take", take)
+    assert matrix_product_limit(CPU, torch.float32) == 2 * 1024**3 / 0.025  # products of 512 are over too soon
+    assert len(taken) == 8
