@@ -130,18 +130,12 @@ def main() -> int:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+    batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
     try:
         with log.training(order.total_steps, loaded.flops, product_limit):
             train(
                 engine,
-                profiled(
-                    batches,
-                    recipe.profile,
-                    run_dir,
-                    rank=ranks.rank,
-                    device=ranks.device,
-                    warn=log.console.warn,
-                ),
+                batches,
                 order.total_steps,
                 training,
                 device=ranks.device,

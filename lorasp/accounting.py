@@ -71,8 +71,7 @@ def count_flops(model: nn.Module) -> TrainingFlops:
             base_trained = not isinstance(module, AdaptedLinear) and module.needs_input
             per_token += (6 if base_trained else 4) * module.in_features * module.out_features
         if isinstance(module, AdaptedLinear):
-            for selection in (module.A_selection, module.B_selection):
-                per_token += 6 * (selection.count if selection.layout in ("columns", "rows") else selection.entries)
+            per_token += 6 * module.factor_entries()
     return TrainingFlops(per_token, per_label)
 
 

@@ -129,14 +129,22 @@ class AdaptedLinear(ShardedLinear):
         Under `structured` [r, in/2] and [out/2, r]: half of the adapter's products are never made. A's frozen start
         fills the other half, and with it A is dense again.
         """
-        inputs = outputs = None
-        if self.A_selection.layout == "columns" and self.A_rest is None:
-            inputs = self.A_selection.features(self.A_bits)
-        if self.B_selection.layout == "rows":
-            outputs = self.B_selection.features(self.B_bits)
+        narrow_A, narrow_B = self._are_narrow()
+        inputs = self.A_selection.features(self.A_bits) if narrow_A else None
+        outputs = self.B_selection.features(self.B_bits) if narrow_B else None
         A = self.dense_A() if inputs is None else self.A.data.view(self.A_selection.rows, -1)
         B = self.dense_B() if outputs is None else self.B.data.view(-1, self.B_selection.columns)
         return (inputs, A), (outputs, B)
+
+    def _are_narrow(self) -> tuple[bool, bool]:
+        return self.A_selection.layout == "columns" and self.A_rest is None, self.B_selection.layout == "rows"
+
+    def factor_entries(self) -> int:
+        """Entries of A and B as a token is multiplied by them: all, or those of the selected features."""
+        return sum(
+            selection.count if narrow else selection.entries
+            for selection, narrow in zip((self.A_selection, self.B_selection), self._are_narrow(), strict=True)
+        )
 
     def _dropout_mask(self, rows: Tensor, seed: int) -> Tensor:
         """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""

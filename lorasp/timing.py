@@ -17,16 +17,21 @@ class PartTimer:
     """Adds up the seconds of named parts of a rank's work, without making its device wait.
 
     On a CPU by the host's clock. On a GPU between two events of the stream: what the stream stood or worked there,
-    however far ahead the host was. Only `take` waits for them.
+    however far ahead the host was. Only `take` waits for them. Counts while `running`: an evaluation, whose
+    seconds nobody takes, would pile up spans.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event if device.type == "cuda" else None
         self._spans: list[tuple[str, Any, Any]] = []
+        self.running = False
 
     @contextmanager
     def part(self, name: str, *, on_host: bool = False) -> Iterator[None]:
         """on_host: what the host itself does, such as making batches, by its own clock on a GPU as well."""
+        if not self.running:
+            yield
+            return
         start = self._mark(on_host)
         try:
             yield
@@ -69,6 +74,7 @@ def matrix_product_limit(device: torch.device, dtype: torch.dtype) -> float:
     Measured, with the threads and neighbours that the run has, rather than read off a data sheet.
     """
     timer = PartTimer(device)
+    timer.running = True
 
     def seconds_of_one() -> float:
         with timer.part("product"):
@@ -81,5 +87,7 @@ def matrix_product_limit(device: torch.device, dtype: torch.dtype) -> float:
         seconds_of_one()
         seconds = min(seconds_of_one() for _ in range(3))
         if seconds >= _LONG_ENOUGH or n == _LARGEST_SQUARE:
+            del left, right
+            torch.cuda.empty_cache()  # nothing of this is to be measured as the run's; without a GPU it does nothing
             return 2 * n**3 / seconds
         n *= 2

@@ -75,7 +75,7 @@ def train(
     unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
     tokens_real = tokens_computed = labels = 0
     engine.train_mode(True)
-    engine.timer.take()  # what was before is not training's
+    engine.timer.take()  # the rehearsal's
     since = time.perf_counter()
     for current in _timed(steps, engine.timer):
         rate = learning_rate(current.step, total_steps, training)
@@ -116,7 +116,6 @@ def train(
             for action in due:
                 action(step)
                 engine.train_mode(True)
-            engine.timer.take()
             since = time.perf_counter()
 
 

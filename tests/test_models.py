@@ -115,6 +115,10 @@ def test_flops_are_those_of_the_products_that_a_step_makes(directories):
     halves = sum(4 * (linear.in_features // 2 + linear.out_features // 2) for linear in linears)
     structured = count_flops(build(directories["llama"], selection={"strategy": "structured"}))
     assert structured.per_token == 4 * base + 6 * halves
+    # A's frozen start fills its other half.
+    kept = {"adapter": {"rank": 4, "frozen_entries": "init"}, "selection": {"strategy": "structured"}}
+    expected = sum(4 * (linear.in_features + linear.out_features // 2) for linear in linears)
+    assert count_flops(build(directories["llama"], **kept)).per_token == 4 * base + 6 * expected
     # Half of the limit: as many FLOPs a second as 7 tokens with 2 labels need.
     assert frozen.mfu(7, 2, limit=2 * (7 * frozen.per_token + 2 * frozen.per_label)) == 0.5
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lorasp.recipe import Data, Model, Recipe, RecipeError, Selection, check_deepspeed_config, load_recipe
+from lorasp.recipe import Data, Model, Recipe, RecipeError, Selection, load_recipe
+from lorasp.recipe_deepspeed import check_deepspeed_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))

@@ -17,14 +17,13 @@ from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe, RecipeError, Tracking
 from lorasp.reporting import run_report
 from lorasp.reporting.console import Console
+from lorasp.reporting.report_text import format_peaks, render_markdown
 from lorasp.reporting.run_report import (
     build_report,
     by_phase,
     collect_versions,
     command_line,
-    format_peaks,
     rank_phases,
-    render_markdown,
     write_report,
 )
 from lorasp.reporting.tensorboard import TensorBoard, memory_scalars

@@ -15,6 +15,7 @@ def test_seconds_add_up_by_part_until_they_are_taken(monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 20.5, 30.0, 34.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     timer = PartTimer(CPU)
+    timer.running = True
     gather = timer.timed("gather", lambda value, *, plus: value + plus)
     assert gather(1, plus=2) == 3 and gather(3, plus=4) == 7
     with pytest.raises(KeyError), timer.part("data", on_host=True):
@@ -23,6 +24,8 @@ def test_seconds_add_up_by_part_until_they_are_taken(monkeypatch):
     with timer.part("data"):
         pass
     assert timer.take() == {"data": 4.0} and timer.take() == {}
+    timer.running = False
+    assert gather(1, plus=2) == 3 and timer.take() == {}  # and the clock was not asked, which has no more to tell
 
 
 @pytest.mark.gpu
@@ -30,6 +33,7 @@ def test_a_gpus_part_is_what_its_stream_took_and_not_what_the_host_did():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     timer = PartTimer(torch.device("cuda"))
+    timer.running = True
     with timer.part("sleep"):
         torch.cuda._sleep(10**8)
     started = time.perf_counter()

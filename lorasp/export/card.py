@@ -8,7 +8,7 @@ import yaml
 
 from lorasp.data.alpaca import format_prompt
 from lorasp.finished_run import FinishedRun
-from lorasp.reporting.run_report import format_peaks
+from lorasp.reporting.report_text import format_peaks
 
 _METHODS = {"lorasp": "LoRA-SP", "lora": "LoRA", "full": "full fine-tuning"}
 

@@ -7,7 +7,8 @@ import torch
 
 from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe
-from lorasp.reporting.run_report import by_phase, format_peaks, rank_phases
+from lorasp.reporting.report_text import format_peaks
+from lorasp.reporting.run_report import by_phase, rank_phases
 
 ANSWERING = "answering the samples"  # the task of an evaluation whose size other settings decide
 

@@ -19,7 +19,8 @@ from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
-from lorasp.reporting.run_report import build_report, format_peaks, rank_phases, write_report
+from lorasp.reporting.report_text import format_peaks
+from lorasp.reporting.run_report import build_report, rank_phases, write_report
 from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
 from lorasp.trainer import LogPoint, NonFiniteLoss

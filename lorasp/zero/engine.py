@@ -64,7 +64,9 @@ class Engine:
         return self._engine(**inputs)
 
     def train_mode(self, training: bool) -> None:
+        """Dropout and the timer of a step's parts are on while training."""
         self._engine.train(training)
+        self.timer.running = training
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradient of `loss`; with `last`, reduces over ranks, clips and steps the optimizer.

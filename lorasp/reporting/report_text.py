@@ -1,0 +1,319 @@
+"""A report for people, out of its plain data (run_report.py): `report.md`, and the console's table of peaks.
+
+Every header names its unit; what is a remainder is called one.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from lorasp.memory import NOT_RESIDENT, WORKSPACE, gib, mib
+
+_METHODS = {"lorasp": "LoRA-SP", "lora": "LoRA", "full": "full fine-tuning"}
+# What plots.py draws, in words for those who do not see it.
+_PICTURES = {
+    "loss": "loss of the training batches and of the held-out rows by optimizer step",
+    "memory": "memory of each rank over time, by phase",
+    "memory_parts": "what the peak of each rank in each phase consists of",
+    "throughput": "tokens a second and seconds a step by optimizer step",
+}
+_LONGEST_CELL = 240  # characters of a prompt or an answer
+_HISTORY_ROWS = 10
+# (how a number's name ends, its unit for people, what to multiply it by)
+_UNITS = (
+    ("exact_match", "%", 100.0),
+    ("loss", "nats a token", 1.0),
+    ("tokens_per_second", "tokens/s", 1.0),
+    ("seconds", "s", 1.0),
+    ("gib", "GiB", 1.0),
+)
+
+
+def format_peaks(report: Mapping[str, Any]) -> str:
+    """The console's table of peaks at a run's end. Needs `report["phases"]` alone: it serves a dying run as well."""
+    header = ("phase", "rank", "peak above baseline (GiB)", "in all (GiB)", "seconds")
+    rows = [
+        (name, str(rank["rank"]), gib(rank["peak_bytes"]), gib(rank["peak_total_bytes"]), _number(rank["seconds"]))
+        for name, phase in report["phases"].items()
+        for rank in phase["ranks"]
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        left = row[0].ljust(widths[0])
+        lines.append("  ".join([left, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+    return "\n".join([f"peak memory, by {', '.join(_sources(report))}", *lines])
+
+
+def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | None = None) -> str:
+    """The report as Markdown: the result first, what made it last. Every header names its unit.
+
+    plots: the pictures of `plots.draw_plots` that there are, by name, relative to the report.
+    """
+    pictures = {name: f"![{_PICTURES[name]}]({path.as_posix()})" for name, path in (plots or {}).items()}
+    sections = [
+        f"# {report['name']}: {_headline(report)}",
+        _method_line(report),
+        _parameters_line(report["parameters"]),
+    ]
+    if report["status"] != "finished":
+        sections.insert(
+            1, f"**The run {_inline(' '.join(report['status'].split()))}.** What follows is what it reached."
+        )
+    sections += _metrics_section(report["metrics"])
+    sections.append(pictures.get("loss", ""))
+    sections += _samples_section(report["samples"])
+    sections += _memory_section(report, pictures)
+    sections += _throughput_section(report["throughput"])
+    sections.append(pictures.get("throughput", ""))
+    sections += _history_section(report["history"])
+    sections += _data_section(report["data"])
+    sections += _origin_section(report)
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    metrics = report["metrics"]
+    parts = []
+    for name, text, scale, places, unit in (
+        ("exact_match", "held-out exact match", 100, 1, " %"),
+        ("held_out_loss", "held-out loss", 1, 3, ""),
+    ):
+        before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
+        if after is not None:
+            values = (f"{value * scale:.{places}f}{unit}" for value in (before, after) if value is not None)
+            parts.append(f"{text} {' → '.join(values)}")
+    return ", ".join(parts) or report["status"].partition(":")[0]
+
+
+def _method_line(report: Mapping[str, Any]) -> str:
+    recipe = report["recipe"]
+    parts = []
+    if recipe["method"] != "full":
+        adapter = recipe["adapter"]
+        parts.append(f"rank {adapter['rank']}, alpha {adapter['alpha']:g}")
+    if recipe["method"] == "lorasp":
+        selection = recipe["selection"]
+        parts.append(f"{selection['strategy']} selection of {selection['fraction']:g} of the entries")
+    quantization = recipe["quantization"]
+    if quantization["format"] == "none":
+        parts.append("base not quantized")
+    else:
+        double = " with double quantization" if quantization["double_quant"] else ""
+        parts.append(f"base in {quantization['format'].upper()}{double}")
+    ranks = "1 rank" if report["world_size"] == 1 else f"{report['world_size']} ranks"
+    parts.append(f"{ranks} on {_inline(report['device'])}")
+    return f"**{_METHODS[recipe['method']]}** of `{recipe['model']['path']}`: {'; '.join(parts)}."
+
+
+def _parameters_line(parameters: Mapping[str, int]) -> str:
+    if not parameters:
+        return ""
+    share = 100 * parameters["trained"] / parameters["total"]
+    return (
+        f"{parameters['trained']:,} of {parameters['total']:,} parameters were trained ({share:.2f} %); "
+        f"the optimizer's state holds {gib(parameters['optimizer_state_bytes'])} GiB over all ranks."
+    )
+
+
+def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
+    names = dict.fromkeys(name.removesuffix("_before").removesuffix("_after") for name in metrics)
+    rows = []
+    for name in names:
+        if f"{name}_before" in metrics or f"{name}_after" in metrics:
+            before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
+        else:
+            before, after = None, metrics[name]
+        label, scale = _label(name)
+        cells = ("–" if value is None else _number(value * scale) for value in (before, after))
+        rows.append((label, *cells))
+    return ["## Results", _table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+
+
+def _samples_section(samples: Sequence[Mapping[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    header = ("prompt", "expected", "before training", "after training")
+    rows = [[_cell(sample.get(key, "")) for key in ("prompt", "expected", "before", "after")] for sample in samples]
+    return ["## Sample answers", _table(header, rows, "llll")]
+
+
+def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+    phases = report["phases"]
+    if not phases:
+        return []
+    ranks = [(name, rank) for name, phase in phases.items() for rank in phase["ranks"]]
+    header = ["phase", "rank", "time (s)", "peak above baseline (GiB)", "peak in all (GiB)", "baseline (GiB)"]
+    columns = ["peak_bytes", "peak_total_bytes", "baseline_bytes"]
+    if any(rank["reserved_bytes"] is not None for _, rank in ranks):
+        header.append("reserved by the allocator, peak (GiB)")
+        columns.append("reserved_bytes")
+    if any(rank["anonymous_bytes_end"] is not None for _, rank in ranks):
+        header += ["anonymous at the end (GiB)", "file-backed at the end (GiB)"]
+        columns += ["anonymous_bytes_end", "file_bytes_end"]
+    rows = [
+        (
+            name,
+            str(rank["rank"]),
+            _number(rank["seconds"]),
+            *("–" if rank[column] is None else gib(rank[column]) for column in columns),
+        )
+        for name, rank in ranks
+    ]
+    parts = [
+        "## Peak memory",
+        f"Measured by {_inline(', '.join(_sources(report)))}.",
+        pictures.get("memory", ""),
+        _table(header, rows, "l" + "r" * (len(header) - 1)),
+    ]
+
+    names = list(dict.fromkeys(part for _, rank in ranks for part in rank["breakdown"]))
+    for last in (WORKSPACE, NOT_RESIDENT):  # at the end also where the first phase has fewer parts than the others
+        if last in names:
+            names.remove(last)
+            names.append(last)
+    labels = {WORKSPACE: "workspace, the remainder (MiB)", NOT_RESIDENT: "counted but not resident (MiB)"}
+    header = ["phase", "rank", *(labels.get(name, f"{_words(name)} (MiB)") for name in names), "peak (MiB)"]
+    rows = [
+        (
+            name,
+            str(rank["rank"]),
+            *(mib(rank["breakdown"][part]) if part in rank["breakdown"] else "–" for part in names),
+            mib(rank["peak_bytes"]),
+        )
+        for name, rank in ranks
+    ]
+    parts += [
+        "### What the peaks above the baseline consist of",
+        "Parts are counted from the tensors that a rank holds. The workspace is what remains of the peak: "
+        "activations, buffers, libraries loaded in that phase, and what the allocator keeps.",
+        pictures.get("memory_parts", ""),
+        _table(header, rows, "l" + "r" * (len(header) - 1)),
+    ]
+    return parts
+
+
+def _throughput_section(throughput: Mapping[str, Any]) -> list[str]:
+    labels = {
+        "real_tokens_per_second": "real tokens (tokens/s, all ranks)",
+        "computed_tokens_per_second": "computed tokens, padding included (tokens/s, all ranks)",
+        "step_seconds_median": "optimizer step, median (s)",
+        "mfu": "MFU: share of the ranks' measured matrix-product limit that the model needs for its real tokens",
+    }
+    rows = [(labels.get(name, _words(name)), _number(value)) for name, value in throughput.items() if name != "ranks"]
+    sections = ["## Throughput", _table(("measure", "value"), rows, "lr")] if rows else []
+    if ranks := throughput.get("ranks"):
+        sections += [
+            "Seconds of a step by part, medians. gather and reduce include waiting for the slowest rank; compute is "
+            "the rest.",
+            _table(
+                tuple(ranks[0]), [[_number(value) for value in rank.values()] for rank in ranks], "r" * len(ranks[0])
+            ),
+        ]
+    return sections
+
+
+def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
+    if not history:
+        return []
+    count = min(len(history), _HISTORY_ROWS)
+    last = len(history) - 1
+    chosen = [history[round(i * last / max(1, count - 1))] for i in range(count)]
+    # The ranks' memory curves would need a column each; TensorBoard has them.
+    names = [name for name in dict.fromkeys(n for row in history for n in row) if not name.startswith("memory/")]
+    labels = {name: _label(name) for name in names}
+    rows = []
+    for row in chosen:
+        values = ((row.get(name), labels[name][1]) for name in names)
+        # int * float would show step 10 as 10.00
+        rows.append([_number(value * scale if isinstance(value, float) else value) for value, scale in values])
+    header = [labels[name][0] for name in names]
+    note = f"{count} of {len(history)} log points; all are in `report.json`." if count < len(history) else ""
+    return ["## Course of training", note, _table(header, rows, "r" * len(names))]
+
+
+def _data_section(data: Mapping[str, Any]) -> list[str]:
+    """A column for each data set."""
+    names = list(dict.fromkeys(name for described in data.values() for name in described))
+    rows = [(_words(name), *(_cell(_value(described.get(name, ""))) for described in data.values())) for name in names]
+    header = ("property", *(_words(kind) for kind in data))
+    return ["## Data", _table(header, rows, "l" * len(header))] if rows else []
+
+
+def _origin_section(report: Mapping[str, Any]) -> list[str]:
+    rows = [(_words(name), _cell(_value(value))) for name, value in report["versions"].items()]
+    if "model_commit" in report:
+        rows.insert(0, (f"commit of {report['recipe']['model']['path']}", report["model_commit"]))
+    return [
+        "## What made this",
+        f"```\n{report['command']}\n```",
+        _table(("component", "version or value"), rows, "ll"),
+        "The resolved recipe is in `report.json`.",
+    ]
+
+
+def _sources(report: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(rank["source"] for phase in report["phases"].values() for rank in phase["ranks"]))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """A Markdown table; `alignment` has an l or r for each column. Padded, so that the source can be read as well."""
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(header, *rows, strict=True)]
+    # One long answer would otherwise make every row of the source as wide.
+    widths = [min(width, 60) for width in widths]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(cells, widths, alignment, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rules = ("-" * (w - 1) + ":" if side == "r" else "-" * w for w, side in zip(widths, alignment, strict=True))
+    return "\n".join([line(header), f"| {' | '.join(rules)} |", *map(line, rows)])
+
+
+def _cell(text: str) -> str:
+    """Text of data or a model as one table cell: shown literally, line breaks kept, cut where it is very long."""
+    text = text.strip()
+    if len(text) > _LONGEST_CELL:
+        text = text[: _LONGEST_CELL - 1] + "…"
+    return _inline(text).replace("\r", "").replace("\n", "<br>")
+
+
+def _inline(text: str) -> str:
+    # An underscore within a word emphasizes nothing in GitHub's Markdown.
+    text = re.sub(r"[\\`*\[\]|~]|\b_|_\b", lambda match: f"\\{match[0]}", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _words(name: str) -> str:
+    return name.replace("held_out", "held-out").replace("_", " ").replace("/", " ")
+
+
+def _label(name: str) -> tuple[str, float]:
+    """The header of a number named `name`, with its unit, and the factor to that unit."""
+    for ending, unit, scale in _UNITS:
+        if name.endswith(ending):
+            return f"{_words(name)} ({unit})", scale
+    return _words(name), 1.0
+
+
+def _number(value: float | str | None) -> str:
+    """Four significant digits, in plain notation where that is short."""
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    if value == 0 or not math.isfinite(value) or abs(value) < 1e-3:
+        return f"{value:.4g}"
+    places = max(0, 3 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(part)}" for key, part in value.items()) or "–"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(part) for part in value) or "–"
+    return _number(value)
