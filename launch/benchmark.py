@@ -4,10 +4,11 @@ python launch/benchmark.py
 python launch/benchmark.py --cases same_examples --rounds 3 --steps 3
 python launch/benchmark.py --ranks 4 --batch 8 --length 512
 
-Needs `pip install peft` and Alpaca in $LORASP_DATA (default: ../shared/data). Both sides train SmolLM2-135M at rank
-16 on all linears with NF4 and ZeRO-3, in the same precision, with the same allocator settings and threads; they take
-turns in every round. `same_examples`: both train the same examples in the same steps, padded by the stack, unpadded by
-ours. `full_rows`: rows filled to their length, joined end to end by the stack, whole examples side by side by ours.
+Needs `pip install peft` and Alpaca in $LORASP_DATA (default: ../shared/data). Both sides train at rank 16 on all
+linears with NF4 and ZeRO-3, in the same precision, with the same allocator settings and threads; they take turns in
+every round. `same_examples`: both train the same examples in the same steps, padded by the stack, unpadded by ours.
+`full_rows`: rows filled to their length, joined end to end by the stack, whole examples side by side by ours.
+`width_7b`: load and train 8 layers of LLaMA-7B's true width with random weights (12 GB of disk and memory).
 """
 
 import argparse
@@ -37,52 +38,80 @@ import re, accelerate, bitsandbytes, deepspeed, peft, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1] if not torch.cuda.is_available() else 0)
 """
-# Both sides alike: without these glibc keeps what was freed, which is up to half of a rank's resident peak.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+# Runs a script and leaves the peak of the bytes that its tensors held, which no allocator's habits change.
+_LIVE = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from lorasp.memory import LiveTensors
+out, sys.argv = sys.argv[1], sys.argv[2:]
+live = LiveTensors()
+try:
+    with live:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    open(out + os.environ["RANK"], "w").write(str(live.peak_bytes))
+"""
+# With --returning, for both sides alike: glibc then keeps little of what was freed, and both take longer.
+_RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: the stack's arguments, and the settings of each of our variants."""
+    """What is compared. packed: full rows. ours: the settings of each of our variants.
+
+    batch, length: examples (or rows) a rank a step, and tokens at which one ends; None: as the command line says.
+    """
 
     title: str
-    stack: list[str]
     ours: dict[str, list[str]]
+    packed: bool = False
+    model: str = "SmolLM2-135M"
+    batch: int | None = None
+    length: int | None = None
 
 
 @dataclass
 class Measured:
-    """Of one side in one case: seconds of every counted step, and peaks of the worst rank in bytes."""
+    """Of one side in one case: seconds of every counted step, and peaks of the worst rank in bytes.
+
+    train_peak: of the whole process, loading included, as the stack measures it. live_peak: bytes in tensors at once,
+    from a turn of its own whose seconds do not count; 0 where there was none.
+    """
 
     seconds: list[float] = field(default_factory=list)
     load_peak: int = 0
     train_peak: int = 0
+    live_peak: int = 0
     first_loss: float = 0.0
     real_tokens: float = 0.0  # a step, over all ranks
+    mfu: float = 0.0  # ours: as the report says it
 
 
 CASES = {
-    "same_examples": Case("the same examples, each step", [], {"ours": []}),
+    "same_examples": Case("the same examples, each step", {"ours": []}),
     "full_rows": Case(
         "full rows",
-        ["packed"],
         {
             f"ours, {policy}": ["data.packing=true", f"training.activation_checkpointing={policy}"]
             for policy in ("selective", "lean", "layer")
         },
+        packed=True,
     ),
+    "width_7b": Case("8 layers of 7B's width, random", {"ours": []}, model="slice-7b", batch=1, length=128),
 }
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["same_examples", "full_rows"])
     parser.add_argument("--rounds", type=int, default=2, help="turns that each side takes")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each rank on a CPU")
     parser.add_argument("--batch", type=int, default=4, help="examples, or full rows, a rank a step")
     parser.add_argument("--length", type=int, default=256, help="tokens at which an example ends, and of a full row")
+    parser.add_argument("--live", action="store_true", help="one more turn each, which counts the bytes of tensors")
+    parser.add_argument("--returning", action="store_true", help="makes the C allocator give freed memory back")
     options = parser.parse_args()
     from importlib import util
 
@@ -97,118 +126,43 @@ def main() -> int:
 
 
 class Benchmark:
-    """Files of both sides in `directory`, and the runs."""
+    """All sides of the cases in turn, and the table of what was measured."""
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
-        from lorasp.models.demo import convert_demo_model
-
         self._options, self._directory = options, directory
-        self._model = convert_demo_model()
-        self._total = _WARM_UP + options.steps
-        self._global_batch = options.batch * options.ranks
-        self._environment = {**os.environ, **_ALLOCATOR, "OMP_NUM_THREADS": str(options.threads)}
+        environment = {**os.environ, **(_RETURNING if options.returning else {})}
+        self._environment = environment | {"OMP_NUM_THREADS": str(options.threads)}
         self.empty = 1024 * int(self._output([sys.executable, "-c", _EMPTY]).split()[-1])  # DeepSpeed talks, too
-        self._write_data()
+        (directory / "live.py").write_text(_LIVE)
 
     def run(self, case: Case) -> dict[str, Measured]:
-        """All sides in turn, round after round."""
+        """All sides in turn, round after round; with --live once more each."""
+        options = self._options
+        work = Workload(case, options, self._directory)
         found = {side: Measured() for side in (STACK, *case.ours)}
-        for round in range(self._options.rounds):
+        for round in range(1, options.rounds + 1):
             for side, measured in found.items():
-                print(f"{case.title}, round {round + 1}/{self._options.rounds}: {side}", file=sys.stderr, flush=True)
-                if side == STACK:
-                    self._run_stack(case, measured)
-                else:
-                    self._run_ours(side, case.ours[side], measured)
+                print(f"{case.title}, round {round}/{options.rounds}: {side}", file=sys.stderr, flush=True)
+                self._run(side, work, measured)
+        for side, measured in found.items() if options.live else ():
+            print(f"{case.title}, bytes of tensors: {side}", file=sys.stderr, flush=True)
+            self._run(side, work, measured, live=True)
         losses = [measured.first_loss for measured in found.values()]
-        if not case.stack and max(losses) - min(losses) > 1e-3 * min(losses):
+        if not case.packed and max(losses) - min(losses) > 1e-3 * min(losses):
             raise RecipeError(f"the sides do not train the same examples: the first step's losses are {losses}")
         return found
 
-    def _write_data(self) -> None:
-        """Ours in the file's order; the stack's, which it reads in sequence, in the order in which ours visits it."""
-        from lorasp.data.load import load_data
-        from lorasp.models.weights import load_tokenizer
-
-        data = Path(os.environ.get("LORASP_DATA", ROOT.parent / "shared" / "data")) / "alpaca" / "alpaca_data.json"
-        if not data.is_file():
-            raise RecipeError(f"{data} is missing; set LORASP_DATA to the folder that holds alpaca/alpaca_data.json")
-        rows = [row for row in json.loads(data.read_text()) if row["output"]]
-        rows = rows[: self._total * self._global_batch]
-        texts = [{"prompt": "", "completion": f"{r['instruction']}\n{r['input']}\n{r['output']}"} for r in rows]
-        (self._directory / "ours.json").write_text(json.dumps(texts))
-        settings = self._settings("unused")
-        self._recipe = Recipe(**settings)
-        loaded = load_data(self._recipe, load_tokenizer(self._model, self._recipe.model))
-        order = loaded.order(self._recipe)
-        self._steps = [[row for unit in order.global_batch(step) for row in unit] for step in range(self._total)]
-        self._lengths = [len(example.input_ids) for example in loaded.train.examples]
-        ordered = [rows[row] for step in self._steps for row in step]
-        (self._directory / "stack.json").write_text(json.dumps(ordered))
-        (self._directory / "packed.json").write_text(data.read_text())
-
-    def _settings(self, name: str) -> dict:
-        return {
-            "name": name,
-            "output_dir": str(self._directory / "runs"),
-            "overwrite": True,
-            "rehearse": False,
-            "model": {"path": str(self._model)},
-            "adapter": {"rank": _RANK, "alpha": 2.0 * _RANK},
-            "data": {"train": str(self._directory / "ours.json"), "max_length": self._options.length},
-            "training": {
-                "epochs": 1.0,
-                "max_steps": self._total,
-                "global_batch_size": self._global_batch,
-                "micro_batch_size": self._options.batch,
-                "log_every": 1,
-                "schedule": "constant",
-            },
-            "evaluation": {"before": False, "samples": 0},
-            "tracking": {"with": []},
-        }
-
-    def _run_ours(self, side: str, overrides: list[str], measured: Measured) -> None:
-        settings = self._settings("ours")
-        if overrides:  # full rows need more examples than steps of single ones do
-            settings["data"] |= {"train": str(self._directory / "packed.json"), "template": "short", "limit": 4000}
-        recipe = self._directory / "ours.yaml"
-        recipe.write_text(json.dumps(settings))  # JSON is YAML
-        self._output([*self._launcher(), str(ROOT / "launch" / "train.py"), str(recipe), *overrides])
-        report = json.loads((self._directory / "runs" / "ours" / "report.json").read_text())
-        history = report["history"]
-        measured.seconds += [row["step_seconds"] for row in history[_WARM_UP:]]
-        measured.first_loss = history[0]["loss"]
-        measured.real_tokens = statistics.mean(
-            row["step_seconds"] * row["real_tokens_per_second"] for row in history[_WARM_UP:]
-        )
-        load, train = (max(r["peak_total_bytes"] for r in report["phases"][p]["ranks"]) for p in ("load", "train"))
-        measured.load_peak = max(measured.load_peak, load)
-        measured.train_peak = max(measured.train_peak, load, train)  # the stack's peak is over both, too
-
-    def _run_stack(self, case: Case, measured: Measured) -> None:
-        options = self._options
-        data = self._directory / ("packed.json" if case.stack else "stack.json")
-        arguments = [self._total, options.batch, options.length, _RANK, *case.stack]
-        script = ROOT / "launch" / "peers" / "stock_qlora_zero3.py"
-        out = self._output([*self._launcher(), str(script), str(self._model), str(data), *map(str, arguments)])
-        ranks = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        ranks.sort(key=lambda rank: rank["rank"])
-        # A step takes as long as its slowest rank.
-        measured.seconds += [max(times) for times in zip(*(r["step_seconds"] for r in ranks), strict=True)][_WARM_UP:]
-        measured.load_peak = max(measured.load_peak, *(int(r["load_peak_gb"] * 2**30) for r in ranks))
-        measured.train_peak = max(measured.train_peak, *(int(r["train_peak_gb"] * 2**30) for r in ranks))
-        measured.real_tokens = sum(rank["real_tokens"] for rank in ranks)
-        if not case.stack:
-            # Its loss is a rank's own mean: weighted by their labels, the mean of the global batch.
-            counts = [
-                sum(
-                    self._lengths[row] - 1 for row in self._steps[0][rank * options.batch : (rank + 1) * options.batch]
-                )
-                for rank in range(options.ranks)
-            ]
-            losses = [rank["loss"][0] for rank in ranks]
-            measured.first_loss = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
+    def _run(self, side: str, work: "Workload", measured: Measured, live: bool = False) -> None:
+        command = work.stack_command() if side == STACK else work.our_command(work.case.ours[side])
+        counters = self._directory / "live."
+        out = self._output(self._launcher() + ([str(self._directory / "live.py"), str(counters)] * live) + command)
+        if live:
+            peaks = [int(Path(f"{counters}{rank}").read_text()) for rank in range(self._options.ranks)]
+            measured.live_peak = max(peaks)
+        elif side == STACK:
+            work.read_stack(out, measured)
+        else:
+            work.read_ours(measured)
 
     def _launcher(self) -> list[str]:
         accelerate = str(Path(sys.executable).with_name("accelerate"))
@@ -231,11 +185,13 @@ class Benchmark:
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {options.threads} thread(s) a rank"
         )
-        columns = "case,side,s a step,ratio,train peak (GiB),ratio,load peak (GiB),ratio,real tokens a step".split(",")
+        columns = ["case", "side", "s a step", "ratio", "train peak (GiB)", "ratio", "load peak (GiB)", "ratio"]
+        columns += (["live peak (GiB)", "ratio"] if options.live else []) + ["real tokens a step", "MFU"]
         lines = [
-            f"`{shlex.join(['python', *sys.argv])}` on {options.ranks} ranks ({device}): SmolLM2-135M, r = {_RANK} on "
-            f"all linears, {options.batch} × {options.length} a rank. Medians of {options.rounds} × {options.steps} "
-            f"steps (range); peaks of the worst rank above an empty process ({self.empty / 2**30:.2f} GiB).",
+            f"`{shlex.join(['python', *sys.argv])}` on {options.ranks} ranks ({device}): r = {_RANK} on all linears, "
+            f"{options.batch} × {options.length} a rank (7B's width: 1 × 128). Medians of {options.rounds} × "
+            f"{options.steps} steps (range); peaks of the worst rank above an empty process "
+            f"({self.empty / 2**30:.2f} GiB). MFU: of real tokens, nothing repeated counts.",
             "",
             f"| {' | '.join(columns)} |",
             "| --- | --- |" + " ---: |" * (len(columns) - 2),
@@ -247,12 +203,179 @@ class Benchmark:
                 cells = [CASES[name].title, _STACK_IN_WORDS if side == STACK else side]
                 cells.append(f"{seconds:.2f} ({min(measured.seconds):.2f}–{max(measured.seconds):.2f})")
                 cells.append(f"{seconds / stacks:.2f}")
-                for peak, its in ((measured.train_peak, stack.train_peak), (measured.load_peak, stack.load_peak)):
-                    cells.append(f"{(peak - self.empty) / 2**30:.2f}")
-                    cells.append(f"{(peak - self.empty) / (its - self.empty):.2f}")
-                cells.append(f"{measured.real_tokens:.0f}")
+                peaks = [(m.train_peak - self.empty, m.load_peak - self.empty) for m in (measured, stack)]
+                peaks = list(zip(*peaks, strict=True))
+                if options.live:
+                    peaks.append((measured.live_peak, stack.live_peak))
+                for peak, its in peaks:
+                    cells += [f"{peak / 2**30:.2f}", f"{peak / its:.2f}"]
+                cells += [f"{measured.real_tokens:.0f}", f"{_mfu(measured, sides):.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
+
+
+def _mfu(measured: Measured, sides: dict[str, Measured]) -> float:
+    """The stack's needs as many FLOPs a token, at the same limit: by its rate of tokens beside that of our first."""
+    ours = next(m for side, m in sides.items() if side != STACK)
+
+    def rate(m: Measured) -> float:
+        return m.real_tokens / statistics.median(m.seconds)
+
+    return measured.mfu if measured.mfu else ours.mfu * rate(measured) / rate(ours)
+
+
+class Workload:
+    """The files of a case and the commands of both sides on them."""
+
+    def __init__(self, case: Case, options: argparse.Namespace, directory: Path) -> None:
+        from lorasp.models.demo import convert_demo_model
+
+        self.case, self._ranks = case, options.ranks
+        self._batch, self._length = case.batch or options.batch, case.length or options.length
+        self._directory = directory / case.model
+        self._directory.mkdir(exist_ok=True)
+        self._model = convert_demo_model() if case.model == "SmolLM2-135M" else _slice_of_7b(self._directory / "model")
+        self._total = _WARM_UP + options.steps
+        self._global_batch = self._batch * self._ranks
+        self._write_data()
+
+    def _write_data(self) -> None:
+        """Ours in the file's order; the stack's, which it reads in sequence, in the order in which ours visits it."""
+        from lorasp.data.load import load_data
+        from lorasp.models.weights import load_tokenizer
+
+        data = Path(os.environ.get("LORASP_DATA", ROOT.parent / "shared" / "data")) / "alpaca" / "alpaca_data.json"
+        if not data.is_file():
+            raise RecipeError(f"{data} is missing; set LORASP_DATA to the folder that holds alpaca/alpaca_data.json")
+        rows = [row for row in json.loads(data.read_text()) if row["output"]]
+        (self._directory / "packed.json").write_text(json.dumps(rows))
+        rows = rows[: self._total * self._global_batch]
+        texts = [{"prompt": "", "completion": f"{r['instruction']}\n{r['input']}\n{r['output']}"} for r in rows]
+        (self._directory / "ours.json").write_text(json.dumps(texts))
+        recipe = Recipe(**self._settings(packed=False))
+        loaded = load_data(recipe, load_tokenizer(self._model, recipe.model))
+        order = loaded.order(recipe)
+        steps = [[row for unit in order.global_batch(step) for row in unit] for step in range(self._total)]
+        self._first_lengths = [len(loaded.train.examples[row].input_ids) for row in steps[0]]
+        (self._directory / "stack.json").write_text(json.dumps([rows[row] for step in steps for row in step]))
+
+    def _settings(self, packed: bool) -> dict:
+        # Full rows need more examples than steps of single ones do.
+        data = {"train": "packed.json", "template": "short", "limit": 4000} if packed else {"train": "ours.json"}
+        return {
+            "name": "ours",
+            "output_dir": str(self._directory / "runs"),
+            "overwrite": True,
+            "rehearse": False,
+            "model": {"path": str(self._model)},
+            "adapter": {"rank": _RANK, "alpha": 2.0 * _RANK},
+            "data": {**data, "train": str(self._directory / data["train"]), "max_length": self._length},
+            "training": {
+                "epochs": 1.0,
+                "max_steps": self._total,
+                "global_batch_size": self._global_batch,
+                "micro_batch_size": self._batch,
+                "log_every": 1,
+                "schedule": "constant",
+            },
+            "evaluation": {"before": False, "samples": 0},
+            "tracking": {"with": []},
+        }
+
+    def our_command(self, overrides: list[str]) -> list[str]:
+        recipe = self._directory / "ours.yaml"
+        recipe.write_text(json.dumps(self._settings(self.case.packed)))  # JSON is YAML
+        return [str(ROOT / "launch" / "train.py"), str(recipe), *overrides]
+
+    def stack_command(self) -> list[str]:
+        data = self._directory / ("packed.json" if self.case.packed else "stack.json")
+        arguments = [self._total, self._batch, self._length, _RANK, *(["packed"] if self.case.packed else [])]
+        script = ROOT / "launch" / "peers" / "stock_qlora_zero3.py"
+        return [str(script), str(self._model), str(data), *map(str, arguments)]
+
+    def read_ours(self, measured: Measured) -> None:
+        report = json.loads((self._directory / "runs" / "ours" / "report.json").read_text())
+        history = report["history"]
+        measured.seconds += [row["step_seconds"] for row in history[_WARM_UP:]]
+        measured.first_loss, measured.mfu = history[0]["loss"], report["throughput"]["mfu"]
+        measured.real_tokens = statistics.mean(
+            row["step_seconds"] * row["real_tokens_per_second"] for row in history[_WARM_UP:]
+        )
+        load, train = (max(r["peak_total_bytes"] for r in report["phases"][p]["ranks"]) for p in ("load", "train"))
+        measured.load_peak = max(measured.load_peak, load)
+        measured.train_peak = max(measured.train_peak, load, train)
+
+    def read_stack(self, out: str, measured: Measured) -> None:
+        ranks = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        ranks.sort(key=lambda rank: rank["rank"])
+        # A step takes as long as its slowest rank.
+        measured.seconds += [max(times) for times in zip(*(r["step_seconds"] for r in ranks), strict=True)][_WARM_UP:]
+        measured.load_peak = max(measured.load_peak, *(int(r["load_peak_gb"] * 2**30) for r in ranks))
+        measured.train_peak = max(measured.train_peak, *(int(r["train_peak_gb"] * 2**30) for r in ranks))
+        measured.real_tokens = sum(rank["real_tokens"] for rank in ranks)
+        # Its loss is a rank's own mean: weighted by their labels, the mean of the global batch.
+        lengths = iter(self._first_lengths)
+        counts = [sum(next(lengths) - 1 for _ in range(self._batch)) for _ in range(self._ranks)]
+        losses = [rank["loss"][0] for rank in ranks]
+        measured.first_loss = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
+
+
+def _slice_of_7b(directory: Path) -> Path:
+    """A checkpoint of LLaMA-7B's width and 8 of its 32 layers, bf16, seeded random.
+
+    A layer a file, as large checkpoints are; its tokens are the demo model's first 32,000.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from lorasp.models.demo import convert_demo_model
+
+    directory.mkdir()
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=8, vocab_size=32000
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    _cut_tokenizer(convert_demo_model(), directory, config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = dict.fromkeys((f"self_attn.{name}_proj" for name in "qkvo"), (hidden, hidden))
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    index = {}
+
+    def write(tensors: dict[str, torch.Tensor], name: str) -> None:
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}{name}.weight": normal(*shape) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = ones.clone()
+        write(tensors, f"model-layer-{layer}.safetensors")
+    rest = {"model.norm.weight": ones}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rest[name] = normal(config.vocab_size, hidden)
+    write(rest, "model-rest.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return directory
+
+
+def _cut_tokenizer(source: Path, directory: Path, size: int) -> None:
+    """The BPE tokenizer at `source` with its first `size` tokens: later ones are merges that are left out."""
+    tree = json.loads((source / "tokenizer.json").read_text())
+    model = tree["model"]
+    model["vocab"] = {token: index for token, index in model["vocab"].items() if index < size}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    model["merges"] = [pair for pair in pairs if "".join(pair) in model["vocab"]]
+    (directory / "tokenizer.json").write_text(json.dumps(tree))
+    (directory / "tokenizer_config.json").write_bytes((source / "tokenizer_config.json").read_bytes())
 
 
 if __name__ == "__main__":

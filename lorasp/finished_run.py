@@ -89,7 +89,13 @@ class FinishedRun:
         model = self.build_on_meta(dense=dense, dtype=dtype, attention=attention)
         checkpoint = Checkpoint(self.base)
         fill_and_shard(
-            model, checkpoint, device=device, reads=True, shard=lambda unit: None, broadcast=lambda tensor: None
+            model,
+            checkpoint,
+            device=device,
+            reads=True,
+            shard=lambda unit: None,
+            broadcast=lambda tensor: None,
+            stays=True,
         )
         self.check_base(checkpoint)
         return model.to(device).eval()

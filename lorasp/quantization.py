@@ -23,6 +23,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 from bitsandbytes import functional as bnb  # noqa: E402
 
 _SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
+_QUANTIZED_AT_ONCE = 2**20  # weights; a multiple of every block size
 _scale_code: dict[torch.device, Tensor] = {}
 
 
@@ -84,20 +85,34 @@ class ShardedLinear(nn.Module):
                 _replace(self, name, torch.empty_like(tensor, device=device))
 
     def load(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Fills the base from `weight` [out, in] and `bias` [out] on the target device, quantizing if asked to."""
+        """Fills the base from `weight` [out, in] and `bias` [out] on the target device, quantizing if asked to.
+
+        `weight` in any precision: rounded to the compute dtype first, as the stock path does, for the same codes.
+        """
         if self.bias is not None:
             _replace(self, "bias", bias.to(self.dtype))
         if self.quantization.format == "none":
             _replace(self, "weight", weight.to(self.dtype))
             return
-        self._place(
-            *bnb.quantize_4bit(
-                weight.contiguous(),
+        self._place(*self._quantize(weight.reshape(-1)))
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, bnb.QuantState]:
+        """What `bnb.quantize_4bit` gives of the whole, to the bit, in parts: on a CPU it makes 5 fp32 copies of W."""
+        codes, scales = [], []
+        for part in weight.split(_QUANTIZED_AT_ONCE):
+            part_codes, state = bnb.quantize_4bit(
+                part.to(self.dtype),
                 blocksize=self.quantization.block_size,
                 quant_type=self.quantization.format,
-                compress_statistics=self.quantization.double_quant,
+                compress_statistics=False,
             )
-        )
+            codes.append(part_codes.view(-1))
+            scales.append(state.absmax)
+        state.absmax = torch.cat(scales)
+        if self.quantization.double_quant:
+            state.offset = state.absmax.mean()
+            state.absmax, state.state2 = bnb.quantize_blockwise(state.absmax - state.offset, blocksize=_SCALES_A_BLOCK)
+        return torch.cat(codes), state
 
     def packed_shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Names and shapes of W in bitsandbytes' 4-bit layout, as transformers stores it; None: any shape."""

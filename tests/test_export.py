@@ -62,7 +62,8 @@ def made(bases, tmp_path):
         recipe = Recipe(**tree | {"adapter": {"rank": 4}} | sections)
         model = build_on_meta(load_config(base, recipe.model), recipe, dtype)
         checkpoint = Checkpoint(base)
-        fill_and_shard(model, checkpoint, device=CPU, reads=True, shard=lambda _: None, broadcast=lambda _: None)
+        nothing = {"shard": lambda _: None, "broadcast": lambda _: None, "stays": True}
+        fill_and_shard(model, checkpoint, device=CPU, reads=True, **nothing)
         generator = torch.Generator().manual_seed(2)
         for linear in adapted_linears(model):
             # Updates about as large as W: larger ones would amplify every rounding on the way.

@@ -54,6 +54,7 @@ def build(directory, **sections):
         reads=True,
         shard=lambda unit: None,
         broadcast=lambda tensor: None,
+        stays=True,
     )
     return model
 

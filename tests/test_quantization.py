@@ -8,7 +8,8 @@ from lorasp.memory import LiveTensors
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Quantization
 
-SHAPES = [(96, 64), (7, 33), (1, 64), (130, 70)]  # [out, in]; some not divisible by a block of 64
+# [out, in]; some not divisible by a block of 64, and the last of more weights than are quantized at once
+SHAPES = [(96, 64), (7, 33), (1, 64), (130, 70), (1025, 1027)]
 
 
 def linear(weight, bias=None, format="nf4", double_quant=True, block_size=64, dtype=torch.float32, trained=False):
@@ -21,7 +22,7 @@ def linear(weight, bias=None, format="nf4", double_quant=True, block_size=64, dt
         dtype=dtype,
         trained=trained,
     )
-    module.load(weight.to(dtype), bias)
+    module.load(weight, bias)
     return module
 
 
@@ -37,6 +38,15 @@ def test_dequantized_weight_equals_bitsandbytes_bit_for_bit(shape, format, doubl
     ours = linear(weight, format=format, double_quant=double_quant, block_size=block_size, dtype=dtype)
     assert ours.dense_weight().dtype == dtype
     assert torch.equal(ours.dense_weight(), reference)
+
+
+def test_quantizing_makes_no_copies_of_the_whole_weight():
+    weight = torch.randn(8 * 2**20).view(2048, -1).bfloat16()
+    with LiveTensors() as live:
+        module = linear(weight, dtype=torch.float32)
+    # fp32 copies of 2^20 weights at a time beside codes and scales; bitsandbytes alone makes five of the whole.
+    assert live.peak_bytes < 2 * weight.numel() < 32 * 2**20
+    assert live.live_bytes == sum(tensor.nbytes for _, tensor in module.base_tensors())
 
 
 def test_bytes_are_half_a_byte_a_weight_and_a_byte_a_block():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorasp.adapter import AdaptedLinear, find_targets
+from lorasp.memory import return_freed_memory
 from lorasp.models.attention import ATTENTION
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.weights import Checkpoint
@@ -94,30 +95,36 @@ def fill_and_shard(
     reads: bool,
     shard: Callable[[nn.Module], None],
     broadcast: Callable[[Tensor], None],
+    stays: bool = False,
 ) -> None:
     """Streams the checkpoint into the model: each unit is read, quantized, moved to `device` and sharded in turn.
 
     reads: whether this rank reads and quantizes (rank 0); the others allocate the unit's quantized size and receive it
-    in `shard`, and the buffers that stay whole in `broadcast`.
+    in `shard`, and the buffers that stay whole in `broadcast`. stays: where `shard` leaves the unit as it is.
 
     Raises RecipeError naming the tensors that are missing, unexpected or of another shape, before any is read.
     """
-    for unit in filled_units(model.model, checkpoint, device=device, reads=reads):
+    for unit in filled_units(model.model, checkpoint, device=device, reads=reads, stays=stays):
         for _, buffer in _scale_buffers(unit.module):
             broadcast(buffer)
         shard(unit.module)
+        return_freed_memory()
 
 
 def filled_units(
-    model: PreTrainedModel, checkpoint: Checkpoint, *, device: torch.device, reads: bool = True
+    model: PreTrainedModel, checkpoint: Checkpoint, *, device: torch.device, reads: bool = True, stays: bool = True
 ) -> Iterator[Unit]:
-    """The units, each filled as `fill_and_shard` says just before it is given. Raises RecipeError."""
+    """The units, each filled as `fill_and_shard` says just before it is given. Raises RecipeError.
+
+    stays: False where the caller cuts a unit up before it takes the next one. What is dense may then be the file's own
+    mapping: an embedding would otherwise be there twice, at the height of loading.
+    """
     _check_names(model, checkpoint)
     placed: dict[int, nn.Parameter] = {}  # a tied parameter is filled once and shared again
     for unit in units(model):
         tensors = checkpoint.read(stored_names(unit, checkpoint)) if reads else {}
         for prefix, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
-            _fill(module, f"{prefix}." if prefix else "", tensors, placed, device, reads)
+            _fill(module, f"{prefix}." if prefix else "", tensors, placed, device, reads, stays)
         del tensors
         yield unit
 
@@ -129,17 +136,18 @@ def _fill(
     placed: dict[int, nn.Parameter],
     device: torch.device,
     reads: bool,
+    stays: bool,
 ) -> None:
     if isinstance(module, ShardedLinear):
         if reads:
-            _load_linear(module, prefix, tensors, device)
+            _load_linear(module, prefix, tensors, device, stays)
         else:
             module.allocate(device)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
             if id(parameter) not in placed:
                 if reads:
-                    value = tensors[f"{prefix}{name}"].to(device=device, dtype=parameter.dtype, copy=True)
+                    value = tensors[f"{prefix}{name}"].to(device=device, dtype=parameter.dtype, copy=stays)
                 else:
                     value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 placed[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
@@ -148,20 +156,22 @@ def _fill(
         module._buffers[name] = buffer.to(device)
 
 
-def _load_linear(module: ShardedLinear, prefix: str, tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Copies, so that nothing keeps the file's mapping alive."""
+def _load_linear(
+    module: ShardedLinear, prefix: str, tensors: dict[str, Tensor], device: torch.device, stays: bool
+) -> None:
+    """stays: copies, so that nothing keeps the file's mapping alive."""
     bias = tensors.get(f"{prefix}bias")
     if bias is not None:
-        bias = bias.to(device=device, dtype=module.dtype, copy=True)
+        bias = bias.to(device=device, dtype=module.dtype, copy=stays)
     if _is_packed(module, prefix, tensors):
-        packed = {name: tensors[f"{prefix}{name}"].to(device=device, copy=True) for name in module.packed_shapes()}
+        packed = {name: tensors[f"{prefix}{name}"].to(device=device, copy=stays) for name in module.packed_shapes()}
         try:
             module.load_packed(packed, bias)
         except ValueError as error:
             raise RecipeError(f"model.path: {prefix}weight is stored {error}") from None
         return
-    # Quantized from the compute precision, as the stock path does: the same codes.
-    module.load(tensors[f"{prefix}weight"].to(device=device, dtype=module.dtype, copy=True), bias)
+    copies = stays and module.quantization.format == "none"  # else new memory is made of it, and it is let go
+    module.load(tensors[f"{prefix}weight"].to(device=device, copy=copies), bias)
 
 
 def _is_packed(module: ShardedLinear, prefix: str, names: Container[str]) -> bool:

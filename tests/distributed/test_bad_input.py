@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorasp.checkpoint import ADAPTER_FILE, AdapterInfo, load_adapter, save_adapter
-from lorasp.cli import BAD_INPUT, STOPPED, run_reporting_errors
+from lorasp.cli import BAD_INPUT, STOPPED, recipe_from_command_line, run_reporting_errors
 from lorasp.data.load import load_data
 from lorasp.models.build import build_on_meta
 from lorasp.models.weights import Checkpoint, load_config, load_tokenizer
@@ -433,6 +433,11 @@ def test_several_faults_are_told_together(work, told):
     assert len(found) == 3 and sum(line.startswith("error: ") for line in found) == 1
 
 
+def test_a_flag_that_there_is_not_is_told_with_the_usage(work, told):
+    [line] = told(lambda: recipe_from_command_line("Trains.", [str(work / "tiny.yaml"), "--rank", "8"]))
+    assert line.startswith("error: unrecognized arguments: --rank; usage: ")
+
+
 def test_a_directory_that_holds_another_run_is_left_alone(work, told):
     before = everything_in(work / "runs")
     [line] = told(lambda: until_the_first_weight(work))
@@ -513,17 +518,11 @@ def assert_refused_once(done: Done, sentence: str) -> None:
     ("overrides", "sentence"),
     [
         (["adapter.rnak=8"], "command line: adapter.rnak: unknown key, did you mean adapter.rank?"),
-        (["--rank", "8"], "unrecognized arguments: --rank"),
-        (
-            ["training.global_batch_size=9", "training.micro_batch_size=3"],
-            "9 examples do not divide over 2 ranks with micro batches of 3; 6 or 12 do",
-        ),
         # Rank 0's fault alone: the other one loses it in a collective.
-        (["output_dir={work}/train.json/runs"], "cannot be written (Not a directory)"),
         (["name=tiny"], "runs/tiny holds another run"),
         (["adapter.target_modules=[qkv]", "overwrite=true"], "'qkv' matches no linear layer of this model; it has: "),
     ],
-    ids=["unknown key", "unknown flag", "batch and world size", "unwritable", "another run", "target modules"],
+    ids=["unknown key", "another run", "target modules"],
 )
 def test_two_ranks_tell_a_fault_once_and_end(overrides, sentence, work, home):
     before = everything_in(work / "runs")
@@ -586,20 +585,6 @@ def test_an_update_that_ruins_the_weights_is_not_saved_over_a_good_adapter(work,
     assert report["status"].endswith("kept is what step 2 saved") and done.stdout.count(report["status"][9:]) == 1
     assert [point["step"] for point in report["history"]] == [1, 2, 3]
     assert read_adapter(work / "runs" / "spike", load_recipe(work / "tiny.yaml")).step == 2
-
-    again = run(
-        python(
-            str(work / "tiny.yaml"),
-            "name=again",
-            f"adapter.init_from={work / 'runs' / 'spike' / 'adapter'}",
-            "training.max_steps=1",
-        ),
-        home,
-    )
-    assert again.returncode == 0, again.stderr[-3000:]
-    metrics = json.loads((work / "runs" / "again" / "report.json").read_text())["metrics"]
-    # Better than the untrained model, whose 261 tokens are about as likely: ln 261 = 5.56.
-    assert metrics["held_out_loss_before"] < report["metrics"]["held_out_loss_before"] < 6
 
 
 @pytest.mark.slow

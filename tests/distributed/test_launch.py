@@ -82,7 +82,7 @@ def plain(launch_run):
 
 @pytest.fixture(scope="session")
 def two(launch_run):
-    return launch_run(accelerate_on_two, "two")
+    return launch_run(accelerate_on_two, "two", "profile.first_step=3", "profile.steps=3")
 
 
 @pytest.fixture(scope="session")
@@ -202,13 +202,10 @@ def test_a_steps_seconds_are_told_by_part_for_every_rank(two):
     assert re.search(header, (two.directory / "report.md").read_text())
 
 
-def test_a_profile_is_a_trace_of_the_steps_asked_for_on_every_rank(launch_run):
+def test_a_profile_is_a_trace_of_the_steps_asked_for_on_every_rank(two):
     """Of steps 3 to 5, which end with the run at step 4."""
-    found = launch_run(
-        accelerate_on_two, "profiled", "profile.first_step=3", "profile.steps=3", "evaluation.samples=0"
-    )
     for rank in range(2):
-        trace = json.loads(gzip.decompress((found.directory / "profile" / f"rank_{rank}_trace.json.gz").read_bytes()))
+        trace = json.loads(gzip.decompress((two.directory / "profile" / f"rank_{rank}_trace.json.gz").read_bytes()))
         names = [event.get("name") for event in trace["traceEvents"]]
         # The three layers' backward in two steps, and the allocations: no other step is in it.
         assert names.count("_NormMlpAndResidualBackward") == 2 * 3
@@ -259,7 +256,7 @@ def test_tensorboard_has_every_documented_curve_and_each_ranks_memory(name, runs
         assert [event.step for event in events.Scalars(tag)] == scored
 
 
-def test_the_adapter_reads_back_where_its_run_ended(launch_run, two):
+def test_an_adapter_reads_back_where_its_run_ended_also_into_the_place_of_that_run(launch_run, two):
     """An adapter of two ranks, read by one, with a seed that would draw another S."""
     adapter = two.directory / "adapter"
     again = launch_run(
@@ -275,6 +272,16 @@ def test_the_adapter_reads_back_where_its_run_ended(launch_run, two):
     assert (infos[0]["step"], infos[1]["step"]) == (STEPS, STEPS + 1)
     # S travelled with the adapter: what the new one says of it is still true.
     assert all(infos[0][key] == infos[1][key] for key in ("seed", "selection_digest", "base_digest"))
+
+    # Once more under the same name, from the adapter of the run that it replaces.
+    events = set((again.directory / "tensorboard").iterdir())
+    ended = again.report["metrics"]["held_out_loss_after"]
+    (again.directory / "notes.txt").write_text("the user's own")
+    last = ["overwrite=true", "training.max_steps=1", "evaluation.samples=0"]
+    replaced = launch_run(python, "again", f"adapter.init_from={again.directory / 'adapter'}", *last)
+    assert replaced.report["metrics"]["held_out_loss_before"] == pytest.approx(ended, rel=1e-6)
+    assert events.isdisjoint((replaced.directory / "tensorboard").iterdir())
+    assert (replaced.directory / "notes.txt").read_text() == "the user's own"
 
 
 def test_an_adapter_goes_on_in_bf16_from_the_fp32_values_that_were_saved(launch_run):
@@ -298,34 +305,6 @@ def test_an_adapter_goes_on_in_bf16_from_the_fp32_values_that_were_saved(launch_
             torch.testing.assert_close(again[name], values, rtol=0, atol=1e-20)
             rounded += int((values.bfloat16().float() != values).sum())
     assert rounded > 1000  # values that bf16 would have changed
-
-
-def test_overwrite_replaces_an_earlier_run_and_may_start_from_its_adapter(launch_run, place):
-    first = launch_run(python, "same", "training.max_steps=1", "evaluation.samples=0")
-    events = set((first.directory / "tensorboard").iterdir())
-    ended = first.report["metrics"]["held_out_loss_after"]
-    (first.directory / "notes.txt").write_text("the user's own")
-    adapter = first.directory / "adapter"
-    second = launch_run(
-        python,
-        "same",
-        "overwrite=true",
-        f"adapter.init_from={adapter}",
-        "training.max_steps=1",
-        "evaluation.samples=0",
-    )
-    assert second.report["metrics"]["held_out_loss_before"] == pytest.approx(ended, rel=1e-6)
-    assert events.isdisjoint((second.directory / "tensorboard").iterdir())
-    assert (second.directory / "notes.txt").read_text() == "the user's own"
-
-
-def test_lora_trains_all_of_the_adapter(launch_run, plain):
-    lora = launch_run(accelerate_on_two, "lora", "method=lora", "training.max_steps=2", "evaluation.samples=0")
-    counts = lora.report["parameters"]
-    assert counts["trained"] == counts["adapter"] == 2 * plain.report["parameters"]["trained"]
-    assert (lora.directory / "adapter" / "adapter.safetensors").is_file()
-    # The same batch before anything was trained: B is zero, and so the model the same.
-    assert lora.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)
 
 
 def test_full_fine_tuning_saves_a_model_that_plain_transformers_scores_alike(launch_run, place):

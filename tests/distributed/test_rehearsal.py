@@ -111,10 +111,6 @@ def test_a_recipe_that_fits_in_training_but_not_in_evaluation_stops_before_step_
     assert "rehearse_train" in done.stderr  # its peak stands in the table: training did fit
     assert "step 1/4" not in done.stdout and not (place / "runs" / "long" / "adapter").exists()
 
-    fits = _LIMITED.format(mib=160, argv=[TRAIN, *arguments, "evaluation.micro_batch_size=1", "evaluation.samples=0"])
-    done = run([sys.executable, "-c", fits], tmp_path)
-    assert done.returncode == 0, done.stderr
-
 
 def test_a_recipe_that_fits_only_with_short_batches_stops_before_step_1(place, tmp_path):
     """38 short rows fit into 320 MiB, 40 rows of 4,000 tokens at once do not: the rehearsal runs the longest first."""
@@ -184,6 +180,7 @@ def test_one_rank_that_runs_out_of_memory_in_training_is_told_once_and_ends_both
     assert "held between steps: base shard " in block
     assert "  - training.micro_batch_size=2 (now 4); accumulation keeps the global batch and its loss" in block
     assert "[rank" not in done.stderr  # how torch marks the traceback of a rank
+    # TensorBoard's writer holds them back for 15 s, and the process ends without any clean-up of its own.
     assert steps_on_tensorboard(place / "runs" / "one") == [1, 2]
 
 
@@ -191,12 +188,3 @@ def steps_on_tensorboard(run_dir) -> list[int]:
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     return [event.step for event in events.Scalars("train/loss")]
-
-
-def test_the_curves_up_to_an_error_are_not_lost_with_the_process(place, tmp_path):
-    """TensorBoard's writer holds them back for 15 s, and the process ends without any clean-up of its own."""
-    arguments = [str(place / "tiny.yaml"), "name=alone", "rehearse=false", "evaluation.before=false"]
-    script = _ONE_RANK.format(rank="0", marker=f"{tmp_path}/failed", argv=[TRAIN, *arguments])
-    done = run([sys.executable, "-c", script], tmp_path)
-    assert done.returncode == 2 and done.errors[0].startswith("error: out of memory on rank 0 in phase train: ")
-    assert steps_on_tensorboard(place / "runs" / "alone") == [1, 2]

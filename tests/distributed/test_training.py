@@ -76,7 +76,7 @@ def recipe(directory, *, micro, steps=STEPS, ds_config=None, **changes):
 
 
 # What the worker measures besides, and other rows to train on.
-FLAGS = ("examples", "gradients_of", "live", "count_operations", "gathers", "codes")
+FLAGS = ("examples", "gradients_of", "live", "count_operations", "gathers", "codes", "large")
 
 
 def job(directory, **options):
@@ -125,6 +125,8 @@ def two_ranks(models, no_prefetch, tmp_path_factory):
         how = {**short, "training": {"activation_checkpointing": policy}}
         jobs[f"memory_{policy}"] = job(models["llama"], micro=4, live=True, count_operations=True, codes=True, **how)
         jobs[f"gathers_{policy}"] = job(models["llama"], micro=4, gathers=True, **how)
+    # Every parameter of 1,000 bytes by a collective of its own, as embeddings and large matrices are.
+    jobs["alone"] = job(models["llama"], micro=4, gathers=True, large=1000, **short)
     for strategy in ("uniform", "structured"):
         jobs[f"{strategy}_steady"] = job(
             models["llama"], micro=4, count_operations=True, selection={"strategy": strategy}, **short
@@ -268,6 +270,8 @@ def test_optimizer_state_is_half_of_loras_and_sharded(ranks, two_ranks, four_ran
             assert rank["held"]["optimizer"] == 3 * 4 * expected + 4
         trained[name] = sum(elements for _, elements in jobs[name][0]["trained"])
     assert 2 * trained["nf4"] == trained["lora"] == jobs["lora"][0]["counts"][1]
+    # The same batch before anything was trained: B is zero, and so the model the same.
+    assert_close(jobs["lora"][0]["losses"][:1], jobs["nf4"][0]["losses"][:1])
 
 
 def test_lora_at_half_the_rank_trains_as_many_entries(two_ranks):
@@ -314,6 +318,13 @@ def test_a_layer_is_gathered_twice_a_step_and_one_unit_at_a_time(policy, two_ran
     for rank in two_ranks[f"gathers_{policy}"]:
         assert rank["gathers"] == {"0": [2], "1": [2], "2": [2]}
         assert 0 < rank["gathered_in_backward"] <= rank["largest_unit"]
+
+
+def test_what_is_gathered_alone_is_what_is_gathered_together(two_ranks):
+    for alone, together in zip(two_ranks["alone"], two_ranks["gathers_selective"], strict=True):
+        assert alone["losses"] == together["losses"] and alone["norms"] == together["norms"]
+        assert alone["gathers"] == together["gathers"]
+        assert alone["gathered_in_backward"] <= together["gathered_in_backward"]
 
 
 def test_loading_peaks_at_a_shard_and_a_unit(two_ranks):

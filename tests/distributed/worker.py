@@ -23,6 +23,7 @@ from lorasp.recipe import Recipe
 from lorasp.run import compute_dtype, load_model
 from lorasp.schedule import learning_rate
 from lorasp.trainer import train_step
+from lorasp.zero import sharding
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import start_ranks, stop_ranks
 from lorasp.zero.sharding import gathered, shard_bytes
@@ -47,6 +48,7 @@ def main(directory: Path) -> None:
 
 def run(job: dict, recipe: Recipe, ranks) -> dict:
     dtype = compute_dtype(recipe)
+    sharding._LARGE = job.get("large", 2**24)
     examples = [Example(tuple(ids), prompt) for ids, prompt in job["examples"]]
     with LiveTensors() as loading:
         loaded = load_model(recipe, Path(recipe.model.path), ranks, dtype)
