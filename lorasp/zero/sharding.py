@@ -41,7 +41,9 @@ def _gather_large_ones_alone(parameter: nn.Parameter) -> None:
         parameters = sorted(parameters, key=lambda p: p.ds_id)
         large = [p for p in parameters if p.ds_numel * p.element_size() >= _LARGE]
         small = [p for p in parameters if p.ds_numel * p.element_size() < _LARGE]
-        alone = _BroadcastGather if dist.get_backend() == "gloo" else lambda p: gather_together([p], **how)
+        # On one rank the shard is the whole.
+        in_place = dist.get_backend() == "gloo" and dist.get_world_size() > 1
+        alone = _BroadcastGather if in_place else lambda p: gather_together([p], **how)
         handles = [*map(alone, large), *([gather_together(small, **how)] if small else [])]
         return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
