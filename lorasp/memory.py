@@ -77,6 +77,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device | str):
         self._probe = _probe(torch.device(device))
         self.source = self._probe.source
+        return_freed_memory()  # not to be given back within a phase, whose peak would then lie below the baseline
         self.baseline_bytes = self._probe.now()
         self.peaks: dict[str, PhasePeak] = {}
         self._open: list[str] = []
@@ -110,7 +111,6 @@ class MemoryMeter:
         return max(now, recorded.peak_bytes if recorded else 0)
 
     def _start(self) -> None:
-        return_freed_memory()  # what earlier phases let go of is not this one's
         self._probe.start()
         self._started = time.perf_counter()
 

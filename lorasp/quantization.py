@@ -8,19 +8,14 @@ Bytes for n weights in blocks of b: n/2 of codes and n/b of scales (4n/b without
 quantization also one fp32 for each 256 scales and one offset a tensor, which stay whole on every rank.
 """
 
-import logging
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from lorasp.recipe import Quantization
-
-# bitsandbytes warns at import that an optional package with CPU matrix kernels, which nothing here uses, is absent.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from bitsandbytes import functional as bnb  # noqa: E402
 
 _SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
 _QUANTIZED_AT_ONCE = 2**20  # weights; a multiple of every block size

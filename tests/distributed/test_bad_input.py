@@ -435,7 +435,7 @@ def test_several_faults_are_told_together(work, told):
 
 def test_a_flag_that_there_is_not_is_told_with_the_usage(work, told):
     [line] = told(lambda: recipe_from_command_line("Trains.", [str(work / "tiny.yaml"), "--rank", "8"]))
-    assert line.startswith("error: unrecognized arguments: --rank; usage: ")
+    assert line.startswith("error: unrecognized arguments: --rank 8; usage: ")
 
 
 def test_a_directory_that_holds_another_run_is_left_alone(work, told):
