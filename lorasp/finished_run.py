@@ -9,7 +9,7 @@ import torch
 
 from lorasp.checkpoint import ADAPTER_FILE, SavedAdapter, load_adapter
 from lorasp.models.attention import ATTENTION
-from lorasp.models.build import build_on_meta, fill_and_shard
+from lorasp.models.build import build_on_meta, filled_units
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
 from lorasp.recipe import Quantization, Recipe, RecipeError
@@ -88,15 +88,8 @@ class FinishedRun:
         """The run's model, whole on `device`, for evaluation. Raises RecipeError, also for a base that was changed."""
         model = self.build_on_meta(dense=dense, dtype=dtype, attention=attention)
         checkpoint = Checkpoint(self.base)
-        fill_and_shard(
-            model,
-            checkpoint,
-            device=device,
-            reads=True,
-            shard=lambda unit: None,
-            broadcast=lambda tensor: None,
-            stays=True,
-        )
+        for _ in filled_units(model.model, checkpoint, device=device):
+            pass
         self.check_base(checkpoint)
         return model.to(device).eval()
 

@@ -27,7 +27,7 @@ from lorasp.export.verify import VerificationError
 from lorasp.export.write import Export, write_export
 from lorasp.finished_run import read_run
 from lorasp.memory import PhasePeak
-from lorasp.models.build import build_on_meta, fill_and_shard
+from lorasp.models.build import build_on_meta, filled_units
 from lorasp.models.weights import Checkpoint, load_config
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe, RecipeError
@@ -62,8 +62,8 @@ def made(bases, tmp_path):
         recipe = Recipe(**tree | {"adapter": {"rank": 4}} | sections)
         model = build_on_meta(load_config(base, recipe.model), recipe, dtype)
         checkpoint = Checkpoint(base)
-        nothing = {"shard": lambda _: None, "broadcast": lambda _: None, "stays": True}
-        fill_and_shard(model, checkpoint, device=CPU, reads=True, **nothing)
+        for _ in filled_units(model.model, checkpoint, device=CPU):
+            pass
         generator = torch.Generator().manual_seed(2)
         for linear in adapted_linears(model):
             # Updates about as large as W: larger ones would amplify every rounding on the way.

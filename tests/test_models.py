@@ -10,7 +10,7 @@ from lorasp.accounting import count_flops, count_parameters
 from lorasp.adapter import AdaptedLinear
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
-from lorasp.models.build import build_on_meta, fill_and_shard, units
+from lorasp.models.build import build_on_meta, filled_units, units
 from lorasp.models.causal_lm import Head
 from lorasp.models.weights import Checkpoint, load_config
 from lorasp.quantization import ShardedLinear
@@ -47,15 +47,8 @@ def build(directory, **sections):
     """Our model on one process, unsharded."""
     settings = recipe(directory, **sections)
     model = build_on_meta(load_config(directory, settings.model), settings, torch.float32)
-    fill_and_shard(
-        model,
-        Checkpoint(directory),
-        device=torch.device("cpu"),
-        reads=True,
-        shard=lambda unit: None,
-        broadcast=lambda tensor: None,
-        stays=True,
-    )
+    for _ in filled_units(model.model, Checkpoint(directory), device=torch.device("cpu")):
+        pass
     return model
 
 

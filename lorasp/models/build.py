@@ -95,16 +95,15 @@ def fill_and_shard(
     reads: bool,
     shard: Callable[[nn.Module], None],
     broadcast: Callable[[Tensor], None],
-    stays: bool = False,
 ) -> None:
     """Streams the checkpoint into the model: each unit is read, quantized, moved to `device` and sharded in turn.
 
     reads: whether this rank reads and quantizes (rank 0); the others allocate the unit's quantized size and receive it
-    in `shard`, and the buffers that stay whole in `broadcast`. stays: where `shard` leaves the unit as it is.
+    in `shard`, and the buffers that stay whole in `broadcast`.
 
     Raises RecipeError naming the tensors that are missing, unexpected or of another shape, before any is read.
     """
-    for unit in filled_units(model.model, checkpoint, device=device, reads=reads, stays=stays):
+    for unit in filled_units(model.model, checkpoint, device=device, reads=reads, stays=False):
         for _, buffer in _scale_buffers(unit.module):
             broadcast(buffer)
         shard(unit.module)
