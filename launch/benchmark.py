@@ -8,7 +8,7 @@ Needs `pip install peft` and Alpaca in $LORASP_DATA (default: ../shared/data). B
 linears with NF4 and ZeRO-3, in the same precision, with the same allocator settings and threads; they take turns in
 every round. `same_examples`: both train the same examples in the same steps, padded by the stack, unpadded by ours.
 `full_rows`: rows filled to their length, joined end to end by the stack, whole examples side by side by ours.
-`width_7b`: load and train 8 layers of LLaMA-7B's true width with random weights (12 GB of disk and memory).
+`width_7b`: load and train 8 layers of LLaMA-7B's true width with random weights (4 GB of disk, 14 of memory).
 """
 
 import argparse
@@ -256,7 +256,7 @@ class Workload:
         loaded = load_data(recipe, load_tokenizer(self._model, recipe.model))
         order = loaded.order(recipe)
         steps = [[row for unit in order.global_batch(step) for row in unit] for step in range(self._total)]
-        self._first_lengths = [len(loaded.train.examples[row].input_ids) for row in steps[0]]
+        self._lengths = [[len(loaded.train.examples[row].input_ids) for row in step] for step in steps]
         (self._directory / "stack.json").write_text(json.dumps([rows[row] for step in steps for row in step]))
 
     def _settings(self, packed: bool) -> dict:
@@ -312,9 +312,11 @@ class Workload:
         measured.seconds += [max(times) for times in zip(*(r["step_seconds"] for r in ranks), strict=True)][_WARM_UP:]
         measured.load_peak = max(measured.load_peak, *(int(r["load_peak_gb"] * 2**30) for r in ranks))
         measured.train_peak = max(measured.train_peak, *(int(r["train_peak_gb"] * 2**30) for r in ranks))
-        measured.real_tokens = sum(rank["real_tokens"] for rank in ranks)
+        # It tells the mean of all its steps, also of those that are not counted: of single examples not the same.
+        counted = statistics.mean(sum(lengths) for lengths in self._lengths[_WARM_UP:])
+        measured.real_tokens = sum(rank["real_tokens"] for rank in ranks) if self.case.packed else counted
         # Its loss is a rank's own mean: weighted by their labels, the mean of the global batch.
-        lengths = iter(self._first_lengths)
+        lengths = iter(self._lengths[0])
         counts = [sum(next(lengths) - 1 for _ in range(self._batch)) for _ in range(self._ranks)]
         losses = [rank["loss"][0] for rank in ranks]
         measured.first_loss = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
