@@ -22,8 +22,7 @@ def main() -> int:
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-evaluation", "overwrite": True})
 
     from lorasp.accounting import held_bytes
-    from lorasp.data.load import load_data
-    from lorasp.models.weights import hub_commit, load_tokenizer
+    from lorasp.models.weights import hub_commit
     from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
     from lorasp.run import (
@@ -34,6 +33,7 @@ def main() -> int:
         fetch_data,
         find_model,
         load_model,
+        read_data,
         score,
     )
     from lorasp.zero.engine import Engine
@@ -44,9 +44,9 @@ def main() -> int:
     run_dir = claim_run_directory(recipe, ranks)
     log = RunLog(recipe, ranks, run_dir)
     directory = find_model(recipe, ranks)
-    tokenizer = load_tokenizer(directory, recipe.model)
     fetch_data(recipe, ranks)
-    data = load_data(recipe, tokenizer)
+    data = read_data(recipe, directory)
+    tokenizer = data.tokenizer
 
     with log.phase("load"):
         loaded = load_model(recipe, directory, ranks, dtype)

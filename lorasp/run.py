@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from lorasp.accounting import ParameterCounts, TrainingFlops, count_flops, count_parameters
+from lorasp.adapter import model_selection_digest
 from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, replacing_whole, save_adapter, save_model
-from lorasp.data.load import RunData, download_data
+from lorasp.data.load import RunData, download_data, load_data
+from lorasp.data.random_tokens import random_tokens
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.held_out import HeldOutScore, score_held_out
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import set_recomputation
-from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
+from lorasp.models.weights import DEMO_MODEL, load_config, load_tokenizer, locate_model, open_weights
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
-from lorasp.zero.sharding import broadcast_buffer, shard_unit
+from lorasp.zero.sharding import bring_to_first, broadcast_buffer, shard_unit
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
 _OURS = (*_RESULTS, "report.md", "plots", "tensorboard", "profile", "export")
@@ -89,6 +90,13 @@ def find_model(recipe: Recipe, ranks: Ranks) -> Path:
     return directory if int(os.environ["LOCAL_RANK"]) == 0 else locate_model(recipe.model, download=False)
 
 
+def read_data(recipe: Recipe, directory: Path) -> RunData:
+    """The recipe's data in the tokens of the model at `directory`. Raises RecipeError."""
+    if recipe.data.is_random:
+        return random_tokens(recipe, load_config(directory, recipe.model).get_text_config().vocab_size)
+    return load_data(recipe, load_tokenizer(directory, recipe.model))
+
+
 def fetch_data(recipe: Recipe, ranks: Ranks) -> None:
     """Downloads the hub data sets of the recipe, once a node. Collective. Raises RecipeError."""
     if int(os.environ["LOCAL_RANK"]) == 0:
@@ -116,7 +124,7 @@ class LoadedModel:
 def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype) -> LoadedModel:
     """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError."""
     config = load_config(directory, recipe.model)
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_weights(directory, recipe)
     saved: SavedAdapter | None = None
     if recipe.adapter.init_from is not None:
         saved = load_adapter(recipe.adapter.init_from, recipe)
@@ -130,16 +138,31 @@ def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype
         model,
         checkpoint,
         device=ranks.device,
-        reads=ranks.is_main,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         shard=lambda unit: shard_unit(unit, ds_config),
+        bring_to_first=bring_to_first,
         broadcast=broadcast_buffer,
     )
-    digest = [checkpoint.digest()]
-    dist.broadcast_object_list(digest, 0, device=ranks.device)
+    for digests in ranks.gather(checkpoint.digests):  # each read its part
+        checkpoint.digests |= digests
+    base_digest = checkpoint.digest()
     if saved is not None:
-        saved.check_base(digest[0])
+        saved.check_base(base_digest)
+    _check_agreement(model_selection_digest(model.model), ranks)
     policy, fallback = set_recomputation(model.model, recipe.training.activation_checkpointing)
-    return LoadedModel(model, counts, digest[0], saved.info if saved else None, flops, policy, fallback)
+    return LoadedModel(model, counts, base_digest, saved.info if saved else None, flops, policy, fallback)
+
+
+def _check_agreement(selection_digest: str, ranks: Ranks) -> None:
+    """Raises RecipeError unless each rank drew the same S: other libraries on one node would train another model."""
+    digests = ranks.gather(selection_digest)
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise RecipeError(
+            f"rank(s) {', '.join(others)} select other entries of the adapters than rank 0; install the same versions "
+            f"of lorasp and torch on every node"
+        )
 
 
 def save_result(
@@ -147,7 +170,7 @@ def save_result(
     recipe: Recipe,
     loaded: LoadedModel,
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     step: int,
     *,
     writes: bool,
@@ -170,7 +193,8 @@ def save_result(
         if writes:
             with contextlib.redirect_stdout(io.StringIO()):
                 loaded.model.model.config.save_pretrained(directory)
-                tokenizer.save_pretrained(directory)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(directory)
     return run_dir / "model"
 
 
@@ -195,6 +219,8 @@ def answer_samples(
     ranks: Ranks,
 ) -> None:
     """Adds to each sample, as `when`, what the model answers now. Collective."""
+    if not samples:
+        return
     prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
     answers = greedy_answers(
         engine, prompts, eos=tokenizer.eos_token_id, max_new_tokens=evaluation.max_new_tokens, device=ranks.device

@@ -63,10 +63,11 @@ def train(
     *,
     device: torch.device,
     world_size: int,
+    on_step: Callable[[], None],
     on_log: Callable[[LogPoint], None],
     every: Iterable[tuple[int | None, Callable[[int], None]]],
 ) -> None:
-    """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called.
+    """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called; `on_step` comes last.
 
     The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
     divided by their number N. Raises NonFiniteLoss on all ranks at the same step. What is called of `every`, and the
@@ -117,6 +118,7 @@ def train(
                 action(step)
                 engine.train_mode(True)
             since = time.perf_counter()
+        on_step()
 
 
 def _timed(steps: Iterable[TrainingStep], timer: PartTimer) -> Iterator[TrainingStep]:

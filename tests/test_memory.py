@@ -346,3 +346,11 @@ def test_backward_on_a_cpu_runs_in_the_calling_thread_where_the_mode_sees_it():
     assert seen == [threading.get_ident()]
     assert live.op_counts["mul"] == 1  # exp's backward
     assert math.isclose(x.grad[0], x.detach()[0].exp(), rel_tol=1e-6)
+
+
+def test_a_heap_is_torn_once_it_holds_three_percent_more_than_it_settled_at_and_not_at_each_step():
+    heap = memory._SteadyHeap()
+    assert [heap.is_torn(held) for held in (90, 400, 100, 100, 100)] == [False] * 5  # while it settles
+    assert [heap.is_torn(held) for held in (400, 412, 413, 500, 500, 500, 400)] == [
+        *(False, False, True, False, False, True, False)
+    ]

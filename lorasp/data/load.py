@@ -46,7 +46,7 @@ class RunData:
 
     train: DataSet
     held_out: DataSet | None
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None  # None: random tokens
     template: str
 
     def order(self, recipe: Recipe) -> SampleOrder:
@@ -128,7 +128,7 @@ class RunData:
 
 def download_data(data: Data) -> None:
     """Puts the hub data sets that `data` names into the hub's cache. Raises RecipeError."""
-    for source in (*data.train_sources, data.held_out_source):
+    for source in () if data.is_random else (*data.train_sources, data.held_out_source):
         if source is not None and is_on_hub(source):
             hub_snapshot(source, download=True)
 

@@ -92,18 +92,26 @@ def fill_and_shard(
     checkpoint: Checkpoint,
     *,
     device: torch.device,
-    reads: bool,
+    rank: int,
+    world_size: int,
     shard: Callable[[nn.Module], None],
+    bring_to_first: Callable[[Tensor, int], None],
     broadcast: Callable[[Tensor], None],
 ) -> None:
     """Streams the checkpoint into the model: each unit is read, quantized, moved to `device` and sharded in turn.
 
-    reads: whether this rank reads and quantizes (rank 0); the others allocate the unit's quantized size and receive it
-    in `shard`, and the buffers that stay whole in `broadcast`.
+    The ranks share out a unit's linears, each whole: double quantization takes a mean over a tensor. What this rank
+    does not read it allocates. `bring_to_first` gives rank 0 what another rank (its second argument) quantized, from
+    where `shard` hands the unit out, and `broadcast` the buffers that stay whole.
 
     Raises RecipeError naming the tensors that are missing, unexpected or of another shape, before any is read.
     """
-    for unit in filled_units(model.model, checkpoint, device=device, reads=reads, stays=False):
+    for unit in filled_units(model.model, checkpoint, device=device, rank=rank, world_size=world_size, stays=False):
+        owners = _readers(unit, world_size)
+        for name, linear in _linears(unit):
+            if owners[name] != 0:
+                for _, tensor in linear.base_tensors():
+                    bring_to_first(tensor, owners[name])
         for _, buffer in _scale_buffers(unit.module):
             broadcast(buffer)
         shard(unit.module)
@@ -111,7 +119,13 @@ def fill_and_shard(
 
 
 def filled_units(
-    model: PreTrainedModel, checkpoint: Checkpoint, *, device: torch.device, reads: bool = True, stays: bool = True
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    stays: bool = True,
 ) -> Iterator[Unit]:
     """The units, each filled as `fill_and_shard` says just before it is given. Raises RecipeError.
 
@@ -121,11 +135,37 @@ def filled_units(
     _check_names(model, checkpoint)
     placed: dict[int, nn.Parameter] = {}  # a tied parameter is filled once and shared again
     for unit in units(model):
-        tensors = checkpoint.read(stored_names(unit, checkpoint)) if reads else {}
+        owners = _readers(unit, world_size)
         for prefix, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
-            _fill(module, f"{prefix}." if prefix else "", tensors, placed, device, reads, stays)
-        del tensors
+            reads = owners.get(prefix, 0) == rank
+            dot = f"{prefix}." if prefix else ""
+            tensors = checkpoint.read(_stored_names(module, dot, checkpoint)) if reads else {}
+            _fill(module, dot, tensors, placed, device, reads, stays)
+            del tensors
         yield unit
+
+
+def _linears(unit: Unit) -> Iterator[tuple[str, ShardedLinear]]:
+    for name, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
+        if isinstance(module, ShardedLinear):
+            yield name, module
+
+
+def _readers(unit: Unit, world_size: int) -> dict[str, int]:
+    """The rank that reads and quantizes each linear of the unit, about equally many weights a rank.
+
+    Rank 0 reads all that nothing needs to be computed of.
+    """
+    load = [0] * world_size
+    owners = {}
+    sizes = {name: linear.in_features * linear.out_features for name, linear in _linears(unit)}
+    for name, linear in sorted(_linears(unit), key=lambda named: -sizes[named[0]]):
+        # The least loaded; of equally loaded ones the last, as rank 0 has the rest of the work.
+        owners[name] = 0
+        if linear.quantization.format != "none":
+            owners[name] = min(range(world_size), key=lambda rank: (load[rank], -rank))
+            load[owners[name]] += sizes[name]
+    return owners
 
 
 def _fill(
@@ -243,21 +283,27 @@ def stored_names(unit: Unit, checkpoint: Checkpoint) -> list[str]:
     return [name for name in _stored_shapes(unit, checkpoint) if name in checkpoint.names()]
 
 
+def _stored_names(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> list[str]:
+    return [name for name in _stored_shapes_of(module, prefix, checkpoint) if name in checkpoint.names()]
+
+
 def _stored_shapes(unit: Unit, checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
     """Names under which the checkpoint stores the unit's base, and their shapes; None where any will do."""
     shapes: dict[str, tuple[int, ...] | None] = {}
     for prefix, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
-        dot = f"{prefix}." if prefix else ""
-        if isinstance(module, ShardedLinear):
-            if _is_packed(module, dot, checkpoint.names()):
-                shapes |= {f"{dot}{name}": shape for name, shape in module.packed_shapes().items()}
-            else:
-                shapes[f"{dot}weight"] = (module.out_features, module.in_features)
-            if module.bias is not None:
-                shapes[f"{dot}bias"] = (module.out_features,)
-        else:
-            shapes |= {f"{dot}{name}": tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        shapes |= _stored_shapes_of(module, f"{prefix}." if prefix else "", checkpoint)
     return shapes
+
+
+def _stored_shapes_of(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
+    """Of a module's own parameters, without its submodules'."""
+    if not isinstance(module, ShardedLinear):
+        return {f"{prefix}{name}": tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if _is_packed(module, prefix, checkpoint.names()):
+        shapes = {f"{prefix}{name}": shape for name, shape in module.packed_shapes().items()}
+    else:
+        shapes = {f"{prefix}weight": (module.out_features, module.in_features)}
+    return shapes if module.bias is None else shapes | {f"{prefix}bias": (module.out_features,)}
 
 
 def _check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

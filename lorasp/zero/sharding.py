@@ -75,6 +75,14 @@ class _BroadcastGather:
             self._works, self._whole = [], None
 
 
+def bring_to_first(tensor: Tensor, owner: int) -> None:
+    """Gives rank 0 the values that rank `owner` has of `tensor`; other ranks do nothing."""
+    if dist.get_rank() == owner:
+        dist.send(tensor.detach(), 0)
+    elif dist.get_rank() == 0:
+        dist.recv(tensor.detach(), owner)
+
+
 def broadcast_buffer(tensor: Tensor) -> None:
     """Rank 0's values of a small tensor that stays whole on every rank."""
     dist.broadcast(tensor, 0)

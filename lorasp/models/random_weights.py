@@ -1,0 +1,53 @@
+"""A checkpoint that is not there: seeded random weights of any shape, made as they are asked for."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from lorasp.hashing import stream_key
+
+
+class RandomWeights:
+    """Stands for a `Checkpoint` of a configuration's true shapes, without a file.
+
+    Matrices are normal with the configuration's deviation, norms one, biases zero, in bfloat16 as such checkpoints
+    are. A tensor is a function of (seed, name): the same on whichever rank it is made.
+    """
+
+    def __init__(self, config: PreTrainedConfig, seed: int, directory: Path, *, trust_remote_code: bool) -> None:
+        self.directory, self._seed = directory, seed
+        self._deviation = getattr(config, "initializer_range", None) or 0.02
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()  # registering on meta made a copy of each tied parameter
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.digests: dict[str, str] = {}
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, bfloat16 on the CPU."""
+        made = {name: self._make(name) for name in names}
+        self.digests |= {name: f"random {self._seed} {self._deviation} {self._shapes[name]}" for name in made}
+        return made
+
+    def digest(self) -> str:
+        """SHA-256 over what the weights follow from."""
+        return hashlib.sha256(json.dumps(sorted(self.digests.items())).encode()).hexdigest()
+
+    def _make(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(stream_key(self._seed, "random weights", name))
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, self._deviation, generator=generator)
