@@ -34,6 +34,7 @@ def main() -> int:
         fetch_data,
         find_model,
         load_model,
+        plan_memory,
         read_data,
         save_result,
         score,
@@ -62,6 +63,11 @@ def main() -> int:
     check_profile(recipe.profile, order.total_steps)
     for line in data.describe():
         log.console.info(line)
+
+    # And what cannot fit, before a weight is read.
+    units = order.largest_units(data.train.examples, training.micro_batch_size)
+    largest = worst_batch(units, training.micro_batch_size)
+    log.planned(plan_memory(recipe, directory, ranks, dtype, largest, warn=log.console.warn))
 
     with log.phase("load"):
         loaded = load_model(recipe, directory, ranks, dtype)
@@ -98,8 +104,6 @@ def main() -> int:
 
     if recipe.rehearse:
         with log.phase("rehearse_train"):
-            units = order.largest_units(data.train.examples, training.micro_batch_size)
-            largest = worst_batch(units, training.micro_batch_size)
             accumulation = recipe.accumulation(ranks.world_size)
             rehearse_step(engine, largest, accumulation, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
         with log.phase("rehearse_evaluate"):

@@ -24,6 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+GATHERED_AT_ONCE = 16_000_000  # elements a rank, when trained values are read to be saved
 WORKSPACE = "workspace"
 NOT_RESIDENT = "counted_not_resident"
 
@@ -145,6 +146,21 @@ class MemoryMeter:
                 reserved_bytes=_greater(earlier.reserved_bytes, peak.reserved_bytes),
             )
         self.peaks[name] = peak
+
+
+def free_bytes(device: torch.device, processes: int) -> int:
+    """What each of `processes` on this machine can still take: of its GPU, or its share of the host's free memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    except (OSError, ValueError):  # no cgroup of the second version, or no limit ("max")
+        pass
+    return free // processes
 
 
 class _SteadyHeap:

@@ -8,24 +8,39 @@ Bytes for n weights in blocks of b: n/2 of codes and n/b of scales (4n/b without
 quantization also one fp32 for each 256 scales and one offset a tensor, which stay whole on every rank.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from lorasp.recipe import Quantization
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 _SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
 _QUANTIZED_AT_ONCE = 2**20  # weights; a multiple of every block size
 _scale_code: dict[torch.device, Tensor] = {}
 
 
+@cache
+def _bnb() -> ModuleType:
+    """Imported when something is first quantized: a plan of a model's memory needs its shapes only."""
+    from bitsandbytes import functional
+
+    return functional
+
+
 def _scale_code_on(device: torch.device) -> Tensor:
     """The 256 values that a double-quantized scale's byte stands for, fp32 [256]; one copy a device."""
     if device not in _scale_code:
-        _scale_code[device] = bnb.create_dynamic_map().to(device)
+        _scale_code[device] = _bnb().create_dynamic_map().to(device)
     return _scale_code[device]
 
 
@@ -91,11 +106,11 @@ class ShardedLinear(nn.Module):
             return
         self._place(*self._quantize(weight.reshape(-1)))
 
-    def _quantize(self, weight: Tensor) -> tuple[Tensor, bnb.QuantState]:
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, QuantState]:
         """What `bnb.quantize_4bit` gives of the whole, to the bit, in parts: on a CPU it makes 5 fp32 copies of W."""
         codes, scales = [], []
         for part in weight.split(_QUANTIZED_AT_ONCE):
-            part_codes, state = bnb.quantize_4bit(
+            part_codes, state = _bnb().quantize_4bit(
                 part.to(self.dtype),
                 blocksize=self.quantization.block_size,
                 quant_type=self.quantization.format,
@@ -106,7 +121,9 @@ class ShardedLinear(nn.Module):
         state.absmax = torch.cat(scales)
         if self.quantization.double_quant:
             state.offset = state.absmax.mean()
-            state.absmax, state.state2 = bnb.quantize_blockwise(state.absmax - state.offset, blocksize=_SCALES_A_BLOCK)
+            state.absmax, state.state2 = _bnb().quantize_blockwise(
+                state.absmax - state.offset, blocksize=_SCALES_A_BLOCK
+            )
         return torch.cat(codes), state
 
     def packed_shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -125,7 +142,7 @@ class ShardedLinear(nn.Module):
     def packed(self) -> dict[str, Tensor]:
         """W in bitsandbytes' 4-bit layout: codes and scales as they are, under the names of `packed_shapes`."""
         state = self._quant_state()
-        state.code = bnb.get_4bit_type(self.quantization.format, device=self.codes.device)
+        state.code = _bnb().get_4bit_type(self.quantization.format, device=self.codes.device)
         stored = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
         return {"weight": self.codes.data.view(-1, 1), **stored}
 
@@ -138,7 +155,7 @@ class ShardedLinear(nn.Module):
             _replace(self, "bias", bias.to(self.dtype))
         codes = packed["weight"]
         stored = {name: tensor for name, tensor in packed.items() if name != "weight"}
-        state = bnb.QuantState.from_dict(stored, device=codes.device)
+        state = _bnb().QuantState.from_dict(stored, device=codes.device)
         if (state.quant_type, state.blocksize) != (self.quantization.format, self.quantization.block_size):
             raise ValueError(
                 f"in {state.quant_type} with blocks of {state.blocksize}, the recipe asks for "
@@ -151,7 +168,7 @@ class ShardedLinear(nn.Module):
             raise ValueError("with another double quantization of its scales than bitsandbytes' own")
         self._place(codes, state)
 
-    def _place(self, codes: Tensor, state: bnb.QuantState) -> None:
+    def _place(self, codes: Tensor, state: QuantState) -> None:
         _replace(self, "codes", codes.view(-1))
         _replace(self, "scales", state.absmax)
         if self.quantization.double_quant:
@@ -163,18 +180,18 @@ class ShardedLinear(nn.Module):
         if self.quantization.format == "none":
             return self.weight
         # [codes, 1] as bitsandbytes has it: a leading dimension of 1 would be taken for a transposed weight.
-        return bnb.dequantize_4bit(self.codes.data.view(-1, 1), self._quant_state())
+        return _bnb().dequantize_4bit(self.codes.data.view(-1, 1), self._quant_state())
 
-    def _quant_state(self) -> bnb.QuantState:
+    def _quant_state(self) -> QuantState:
         second = None
         if self.quantization.double_quant:
-            second = bnb.QuantState(
+            second = _bnb().QuantState(
                 absmax=self.scale_scales,
                 code=_scale_code_on(self.codes.device),
                 blocksize=_SCALES_A_BLOCK,
                 dtype=torch.float32,
             )
-        return bnb.QuantState(
+        return _bnb().QuantState(
             absmax=self.scales.data,
             shape=torch.Size((self.out_features, self.in_features)),
             dtype=self.dtype,

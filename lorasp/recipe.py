@@ -254,6 +254,10 @@ class DeepSpeed(_Section):
         return str(shipped if shipped.is_file() else config)
 
 
+class Memory(_Section):
+    check: Literal["refuse", "warn"] = "refuse"  # a run that by its plan (planning.py) takes more than is free
+
+
 class Tracking(_Section):
     """Who gets the run's curves: any of Accelerate's trackers, by name; `with: []` is none."""
 
@@ -301,6 +305,7 @@ class Recipe(_Section):
     deepspeed: DeepSpeed = DeepSpeed()
     tracking: Tracking = Tracking()
     profile: Profile = Profile()
+    memory: Memory = Memory()
 
     @field_validator("name")
     @classmethod

@@ -4,23 +4,28 @@ import contextlib
 import io
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasp.accounting import ParameterCounts, TrainingFlops, count_flops, count_parameters
 from lorasp.adapter import model_selection_digest
 from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, replacing_whole, save_adapter, save_model
+from lorasp.data.batches import Batch
 from lorasp.data.load import RunData, download_data, load_data
 from lorasp.data.random_tokens import random_tokens
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.held_out import HeldOutScore, score_held_out
+from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.weights import DEMO_MODEL, load_config, load_tokenizer, locate_model, open_weights
+from lorasp.planning import Plan, excess, offloads, plan
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
@@ -102,6 +107,22 @@ def fetch_data(recipe: Recipe, ranks: Ranks) -> None:
     if int(os.environ["LOCAL_RANK"]) == 0:
         download_data(recipe.data)
     ranks.accelerator.wait_for_everyone()
+
+
+def plan_memory(
+    recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype, batch: Batch, *, warn: Callable[[str], None]
+) -> Plan:
+    """The run's plan, for micro batches as large as `batch`. Raises RecipeError for one that cannot fit.
+
+    What is offloaded to the host is planned as if it stayed: such a run is only warned of.
+    """
+    planned = plan(recipe, load_config(directory, recipe.model), world_size=ranks.world_size, dtype=dtype, batch=batch)
+    too_much = excess(planned, free_bytes(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if too_much and recipe.memory.check == "refuse" and not offloads(recipe):
+        raise RecipeError(too_much)
+    if too_much:
+        warn(too_much)
+    return planned
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """A model that we build equals the one that transformers loads: logits, losses, gradients, for every family."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,11 +12,13 @@ from lorasp.accounting import count_flops, count_parameters
 from lorasp.adapter import AdaptedLinear
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
+from lorasp.models import build as build_module
 from lorasp.models.build import build_on_meta, filled_units, units
 from lorasp.models.causal_lm import Head
 from lorasp.models.weights import Checkpoint, load_config
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe, RecipeError
+from lorasp.run import _check_agreement
 from tests.tiny_models import save_model
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "mistral"]
@@ -181,3 +185,26 @@ def test_architectures_that_touch_the_logits_are_refused(directories):
     config.final_logit_softcapping = 30.0
     with pytest.raises(RecipeError, match="final_logit_softcapping"):
         build_on_meta(config, settings, torch.float32)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_out_the_quantization_of_a_unit(world_size, directories):
+    """Whole tensors, about equally many weights a rank; nothing of what needs no computing."""
+    settings = recipe(directories["llama"], quantization={"format": "nf4"})
+    model = build_on_meta(load_config(directories["llama"], settings.model), settings, torch.float32)
+    layers = [unit for unit in units(model.model) if ".layers." in unit.name]
+    owners = build_module._readers(layers[0], world_size)
+    sizes = {name: m.in_features * m.out_features for name, m in build_module._linears(layers[0])}
+    assert set(owners) == set(sizes) and set(owners.values()) <= set(range(world_size))
+    loads = [sum(sizes[name] for name, rank in owners.items() if rank == its) for its in range(world_size)]
+    assert max(loads) - min(loads) <= max(sizes.values())
+    dense = recipe(directories["llama"])
+    model = build_on_meta(load_config(directories["llama"], dense.model), dense, torch.float32)
+    assert {rank for unit in units(model.model) for rank in build_module._readers(unit, world_size).values()} == {0}
+
+
+def test_ranks_that_drew_another_selection_stop():
+    ranks = SimpleNamespace(gather=lambda digest: ["a", "a", "b"])
+    with pytest.raises(RecipeError, match=r"rank\(s\) 2 select other entries"):
+        _check_agreement("a", ranks)
+    _check_agreement("a", SimpleNamespace(gather=lambda digest: [digest, digest]))

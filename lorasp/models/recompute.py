@@ -185,7 +185,8 @@ def set_recomputation(model: PreTrainedModel, policy: str) -> tuple[str, str | N
         policy = "layer" if fallback else policy
     if policy == "layer":
         # Not reentrant: the recomputation runs inside backward, where its gather serves the gradient as well.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.24, which warns of
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})  # the older name
     return policy, fallback
 
 

@@ -55,15 +55,35 @@ def draw_plots(report: Mapping[str, Any], directory: Path) -> dict[str, Path]:
             figure, path = draw(report), directory / f"{name}.png"
             path.unlink(missing_ok=True)  # an earlier run's
             if figure is not None:
-                directory.mkdir(parents=True, exist_ok=True)
-                beside = path.with_name(f".{path.name}.writing")
-                try:
-                    figure.savefig(beside, dpi=150, format="png")
-                    beside.replace(path)
-                finally:
-                    beside.unlink(missing_ok=True)
+                _save(figure, path)
                 drawn[name] = path
     return drawn
+
+
+def draw_sweep(peaks: Mapping[int, Mapping[int, int]], path: Path) -> None:
+    """Writes a plan's sweep: a line a length in tokens, of the bytes that a rank holds at most, by ranks."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(4.0)
+        for (length, of_ranks), colour in zip(peaks.items(), _cycle(), strict=False):
+            sizes = [size / 2**30 for size in of_ranks.values()]
+            axes.plot(list(of_ranks), sizes, "o-", color=colour, label=f"{length} tokens a row")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(next(iter(peaks.values()))))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_ylim(bottom=0)
+        axes.set(title="Planned peak of a rank", xlabel="ranks", ylabel="GiB")
+        axes.legend()
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        figure.savefig(beside, dpi=150, format="png")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _figure(height: float, **subplots: Any) -> tuple[Figure, Any]:

@@ -145,7 +145,9 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
     if not phases:
         return []
     ranks = [(name, rank) for name, phase in phases.items() for rank in phase["ranks"]]
-    header = ["phase", "rank", "time (s)", "peak above baseline (GiB)", "peak in all (GiB)", "baseline (GiB)"]
+    header = ["phase", "rank", "time (s)", "peak above baseline (GiB)", "planned: tensors of the worst rank (GiB)"]
+    header += ["peak in all (GiB)", "baseline (GiB)"]
+    planned = {name: gib(sum(parts.values())) for name, parts in report.get("planned", {}).items()}
     columns = ["peak_bytes", "peak_total_bytes", "baseline_bytes"]
     if any(rank["reserved_bytes"] is not None for _, rank in ranks):
         header.append("reserved by the allocator, peak (GiB)")
@@ -158,7 +160,9 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
             name,
             str(rank["rank"]),
             _number(rank["seconds"]),
-            *("–" if rank[column] is None else gib(rank[column]) for column in columns),
+            gib(rank["peak_bytes"]),
+            planned.get(name, "–"),
+            *("–" if rank[column] is None else gib(rank[column]) for column in columns[1:]),
         )
         for name, rank in ranks
     ]

@@ -15,6 +15,7 @@ from lorasp.accounting import TrainingFlops
 from lorasp.evaluation.held_out import HeldOutScore
 from lorasp.memory import MemoryMeter, gib
 from lorasp.models.recompute import kept_bytes_per_token
+from lorasp.planning import Plan
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
@@ -41,11 +42,18 @@ class RunLog:
         self._timeline: dict[str, list] = {"seconds": [], "phase": [], "now_bytes": [], "peak_bytes": []}
         self._count_held: Callable[[], dict[str, int]] = dict
         self._held: dict[str, dict[str, int]] = {}
+        self._planned: dict[str, dict[str, int]] = {}
         self._metrics: dict[str, float] = {}
         self._history: list[dict[str, float]] = []
         self._parts: list[tuple[dict[str, float], ...]] = []  # of each rank, at each log point
         self._scores: list[dict[str, float]] = []
         self._progress = None
+
+    def planned(self, plan: Plan) -> None:
+        """Tells the plan, and keeps it for the report, beside what will be measured."""
+        self._planned = plan.phases
+        peaks = ", ".join(f"{phase} {gib(plan.peak(phase))}" for phase in plan.phases)
+        self.console.info(f"planned peak of a rank's tensors (GiB): {peaks}")
 
     @contextmanager
     def phase(self, name: str, task: str | None = None) -> Iterator[None]:
@@ -208,6 +216,7 @@ class RunLog:
             timeline=timeline,
             scores=self._scores,
             model_commit=model_commit,
+            planned=self._planned,
         )
         path = write_report(self._run_dir, report)
         for sample in samples:

@@ -70,6 +70,7 @@ def build_report(
     command: str | None = None,
     versions: Mapping[str, Any] | None = None,
     model_commit: str | None = None,
+    planned: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, Any]:
     """The report as plain data.
 
@@ -83,6 +84,7 @@ def build_report(
     `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and `exact_match` of each evaluation.
+    `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py).
     `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
@@ -96,6 +98,7 @@ def build_report(
         **({} if model_commit is None else {"model_commit": model_commit}),
         "parameters": dict(parameters),
         "phases": by_phase(ranks),
+        "planned": {phase: dict(parts) for phase, parts in (planned or {}).items()},
         "throughput": dict(throughput),
         "metrics": dict(metrics),
         "data": dict(data),

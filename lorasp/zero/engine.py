@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from lorasp.memory import GATHERED_AT_ONCE
 from lorasp.recipe import Training
 from lorasp.timing import PartTimer
 from lorasp.zero.launch import PREFETCH, Ranks
 from lorasp.zero.sharding import largest_unit_numel
-
-_BUCKET_ELEMENTS = 16_000_000  # elements a rank, of one gather when trained values are read
 
 
 class Engine:
@@ -121,7 +120,7 @@ class Engine:
             for name, parameter in group:
                 bucket.append((name, parameter))
                 length = sum(p.partition_numel() for _, p in bucket)
-                if length >= _BUCKET_ELEMENTS or parameter is group[-1][1]:
+                if length >= GATHERED_AT_ONCE or parameter is group[-1][1]:
                     part = flat[start : start + length].detach()
                     whole = part.new_empty(self._world_size * length)
                     dist.all_gather_into_tensor(whole, part)

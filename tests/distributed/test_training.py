@@ -9,6 +9,12 @@ import random
 import pytest
 import torch
 
+from lorasp.costs import gathered_bytes
+from lorasp.data.batches import collate
+from lorasp.data.examples import Example
+from lorasp.models.build import build_on_meta
+from lorasp.models.weights import load_config
+from lorasp.planning import plan
 from lorasp.recipe import Recipe
 from tests.distributed.launching import ROOT, run_jobs
 from tests.reference import reference_run
@@ -125,6 +131,7 @@ def two_ranks(models, no_prefetch, tmp_path_factory):
         how = {**short, "training": {"activation_checkpointing": policy}}
         jobs[f"memory_{policy}"] = job(models["llama"], micro=4, live=True, count_operations=True, codes=True, **how)
         jobs[f"gathers_{policy}"] = job(models["llama"], micro=4, gathers=True, **how)
+    jobs["gathers_tied"] = job(models["llama_tied"], micro=4, gathers=True, **short)
     # Every parameter of 1,000 bytes by a collective of its own, as embeddings and large matrices are.
     jobs["alone"] = job(models["llama"], micro=4, gathers=True, large=1000, **short)
     for strategy in ("uniform", "structured"):
@@ -318,6 +325,42 @@ def test_a_layer_is_gathered_twice_a_step_and_one_unit_at_a_time(policy, two_ran
     for rank in two_ranks[f"gathers_{policy}"]:
         assert rank["gathers"] == {"0": [2], "1": [2], "2": [2]}
         assert 0 < rank["gathered_in_backward"] <= rank["largest_unit"]
+
+
+@pytest.mark.parametrize("name", [*(f"gathers_{policy}" for policy in POLICIES), "gathers_tied"])
+def test_gathered_bytes_are_those_that_the_cost_model_counts(name, two_ranks, models):
+    kind = "llama_tied" if name == "gathers_tied" else "llama"
+    settings = Recipe(**recipe(models[kind], micro=4))
+    model = build_on_meta(load_config(models[kind], settings.model), settings, torch.float32)
+    for rank in two_ranks[name]:
+        assert rank["gathered"] == gathered_bytes(model)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_plan_counts_what_a_rank_holds_between_steps(ranks, request, models):
+    found = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])
+    families = FAMILIES if ranks == 2 else {"nf4": FAMILIES["nf4"]}
+    for name, (kind, changes) in families.items():
+        planned = planned_for(models[kind], world_size=ranks, **changes).phases["train"]
+        for rank in found[name]:
+            assert {part: planned[part] for part in rank["held"]} == rank["held"], name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_plan_foresees_the_tensors_of_a_step(policy, two_ranks, models):
+    """Traced on fake tensors against counted in a real step, gathers included."""
+    for rank in two_ranks[f"memory_{policy}"]:
+        rows = [Example(tuple(EXAMPLES[row][0]), EXAMPLES[row][1]) for row in rank["step_rows"]]
+        how = {"activation_checkpointing": policy}
+        planned = planned_for(models["llama"], world_size=2, batch=collate(rows, range(len(rows))), training=how)
+        parts = planned.phases["train"]
+        assert abs(parts["gathered"] + parts["activations"] - rank["step_peak"]) <= 0.1 * rank["step_peak"]
+
+
+def planned_for(directory, *, world_size, batch=None, **changes):
+    settings = Recipe(**recipe(directory, micro=4, **changes))
+    config = load_config(directory, settings.model)
+    return plan(settings, config, world_size=world_size, dtype=torch.float32, batch=batch)
 
 
 def test_what_is_gathered_alone_is_what_is_gathered_together(two_ranks):

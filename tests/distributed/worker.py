@@ -93,11 +93,14 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
                 share, norm = train_step(engine, step, ranks.device, ranks.world_size)
             found["gathers"] = gathers.of_units()
             found["gathered_in_backward"] = gathers.most_in_backward
+            found["gathered"] = gathers.bytes()
         elif job.get("count_operations") and step.step == len(steps) - 1:
             with LiveTensors() as counted:
                 share, norm = train_step(engine, step, ranks.device, ranks.world_size)
             found["synchronising"] = {op: counted.op_counts[op] for op in _SYNCHRONISING if counted.op_counts[op]}
             found["operations"] = sum(counted.op_counts.values())
+            found["step_peak"] = counted.peak_bytes
+            found["step_rows"] = [row for batch in step.micro_batches for row in batch.rows]
         else:
             share, norm = train_step(engine, step, ranks.device, ranks.world_size)
         loss = share.clone()
@@ -143,6 +146,10 @@ class Gathers:
 
     def __exit__(self, *_):
         setattr(PartitionedParameterCoordinator, self.patched, self.original)
+
+    def bytes(self) -> int:
+        """As stored, of all that was gathered."""
+        return sum(self.counts[id(p)] * p.ds_numel * p.element_size() for p in self.model.parameters())
 
     def of_units(self) -> dict[str, list[int]]:
         """The different counts among the parameters of each decoder layer; one, where it is gathered as one."""

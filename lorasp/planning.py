@@ -1,0 +1,254 @@
+"""What each rank will hold at most, by phase and part, told from a recipe before anything is loaded.
+
+What is kept between steps is counted from the model on the meta device, by ZeRO-3's own rule: a rank keeps ⌈n/N⌉
+elements of a parameter of n. What a step needs besides is traced: the model with one layer, and with two, runs forward
+and backward on fake tensors, which have sizes and no memory; the difference is what a layer adds. No weight, no GPU,
+no deepspeed and no bitsandbytes is needed, and no constant is fitted to a run.
+
+A plan counts tensors: not the CUDA context and NCCL's buffers on a GPU (0.5 to 1.5 GiB outside torch's allocator), nor
+what an allocator keeps of what was freed.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from lorasp.data.batches import Batch, collate
+from lorasp.data.examples import Example
+from lorasp.memory import GATHERED_AT_ONCE, LiveTensors, gib
+from lorasp.models.build import build_on_meta
+from lorasp.models.causal_lm import CausalLM
+from lorasp.models.recompute import set_recomputation
+from lorasp.quantization import ShardedLinear
+from lorasp.recipe import Recipe
+
+_ADAPTER = ("A", "B", "A_rest")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peaks of one rank (the worst), in bytes: phase -> part -> bytes. A phase's peak is the sum of its parts."""
+
+    world_size: int
+    phases: dict[str, dict[str, int]]
+
+    def peak(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def highest(self) -> int:
+        """Of all phases."""
+        return max(map(self.peak, self.phases))
+
+
+def plan(
+    recipe: Recipe, config: PreTrainedConfig, *, world_size: int, dtype: torch.dtype, batch: Batch | None = None
+) -> Plan:
+    """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
+    tokens, all of them labelled.
+
+    dtype: of computation. Raises RecipeError for a model that cannot be built.
+    """
+    if batch is None:
+        rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
+        batch = collate(rows, range(len(rows)))
+    one, two = (_measure(recipe, _with_layers(config, layers), world_size, dtype, batch) for layers in (1, 2))
+    layers = config.get_text_config().num_hidden_layers
+    found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
+    # Nothing is gathered where a rank's shard is the whole.
+    layer = 0 if world_size == 1 else two["stored"] - one["stored"]
+    head = 0 if world_size == 1 else one["head"]
+    held = {part: found[part] for part in ("base_shard", "adapters", "masks", "buffers", "gradients")}
+    trained = {**held, "optimizer": 3 * found["masters"] + 4}
+    # The head's weight is whole while the last layer is gathered for its backward; then layer by layer, the next one
+    # on its way.
+    at_head = {"gathered": head + layer, "activations": found["peak_at_head"]}
+    in_backward = {"gathered": 2 * layer, "activations": found["peak_in_backward"]}
+    train = max(at_head, in_backward, key=lambda parts: sum(parts.values()))
+    # The last unit is filled while the adapters of all are still whole; then the optimizer takes its masters.
+    unit = max(two["stored"] - one["stored"], one["embedding"]) + one["largest_stored"]
+    filling = {**held, "adapters": found["adapters_whole"], "gradients": 0, "unit": unit}
+    ready = {**held, "optimizer": found["masters"]}
+    load = max(filling, ready, key=lambda parts: sum(parts.values()))
+    save = {**trained, "gathered": 4 * min(found["trained"], world_size * GATHERED_AT_ONCE)}
+    return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save})
+
+
+def as_method(recipe: Recipe, method: str) -> Recipe:
+    """The same run by another method: `lorasp`, `lora` at the same rank, or `full`."""
+    tree = recipe.to_dict() | {"method": method}
+    if method != "lorasp":
+        tree.pop("selection", None)
+        tree.get("adapter", {}).pop("frozen_entries", None)
+    if method == "full":
+        tree.pop("adapter", None)
+        tree.pop("quantization", None)
+    return Recipe(**tree)
+
+
+# From the fastest: what is computed again, and then what is moved.
+_POLICIES = ("selective", "lean", "layer")
+
+
+def plans_that_fit(
+    recipe: Recipe, config: PreTrainedConfig, *, world_size: int, dtype: torch.dtype, limit_bytes: int
+) -> Iterator[tuple[list[str], Plan]]:
+    """(overrides of the recipe, their plan) of what stays within `limit_bytes` a rank, the fastest first.
+
+    Of each activation policy the largest micro batch that fits, up to twice the recipe's.
+    """
+    training = recipe.training
+    sizes = [size for size in range(2 * training.micro_batch_size, 0, -1) if _divides(recipe, size, world_size)]
+    for policy in _POLICIES:
+        for size in sizes:
+            settings = {"activation_checkpointing": policy, "micro_batch_size": size}
+            if policy == "layer":
+                settings["offload_activations"] = False  # it keeps its inputs where they cannot be moved
+            tried = recipe.model_copy(update={"training": training.model_copy(update=settings)})
+            found = plan(tried, config, world_size=world_size, dtype=dtype)
+            if found.highest <= limit_bytes:
+                yield [f"training.{key}={str(value).lower()}" for key, value in settings.items()], found
+                break
+
+
+def _divides(recipe: Recipe, micro_batch_size: int, world_size: int) -> bool:
+    return recipe.training.global_batch_size % (micro_batch_size * world_size) == 0
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def excess(plan: Plan, free_bytes: int) -> str | None:
+    """A sentence where a rank's tensors alone would take more than `free_bytes`."""
+    if plan.highest <= free_bytes:
+        return None
+    phase = max(plan.phases, key=plan.peak)
+    parts = ", ".join(f"{part.replace('_', ' ')} {gib(size)}" for part, size in plan.phases[phase].items())
+    return (
+        f"memory: by the plan a rank holds {gib(plan.highest)} GiB at the peak of {phase} ({parts}), and has "
+        f"{gib(free_bytes)} GiB free; `launch/plan.py … --world-size {plan.world_size} --fit "
+        f"{free_bytes / 2**30:.1f}GiB` tells what fits; memory.check=warn starts all the same"
+    )
+
+
+def _measure(
+    recipe: Recipe, config: PreTrainedConfig, world_size: int, dtype: torch.dtype, batch: Batch
+) -> dict[str, int]:
+    """Bytes (and `trained` entries) of a model with the layers of `config`; each of them grows by a layer's."""
+    model = build_on_meta(config, recipe, dtype)
+    set_recomputation(model.model, recipe.training.activation_checkpointing)
+    found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
+    masters = 0
+    for name, parameter in model.named_parameters():
+        shard = -(-parameter.numel() // world_size)
+        part = "adapters" if name.rpartition(".")[2] in _ADAPTER else "base_shard"
+        found[part] += shard * parameter.element_size()
+        found["stored"] += parameter.numel() * parameter.element_size()
+        if part == "adapters":
+            found["adapters_whole"] += parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            masters += shard
+            found["trained"] += parameter.numel()
+    for name, buffer in model.named_buffers():
+        found["masks" if name.endswith("_bits") else "buffers"] += buffer.numel() * buffer.element_size()
+    found["masters"] = 4 * masters  # fp32, as are gradients and both moments
+    found["gradients"] = 4 * masters + 4 * _bucket_elements(recipe)
+    found["head"] = _bytes(model.model.get_output_embeddings().weight)
+    found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
+    found["largest_stored"] = _largest_stored(model)
+    return found | _trace(model, batch)
+
+
+def _bucket_elements(recipe: Recipe) -> int:
+    """Of the buffer in which gradients are reduced."""
+    return int(_zero_settings(recipe).get("reduce_bucket_size", 5e8))  # DeepSpeed's default
+
+
+def offloads(recipe: Recipe) -> bool:
+    """Whether something waits in the host's memory, which a plan does not tell apart."""
+    settings = (_zero_settings(recipe).get(key, {}) for key in ("offload_param", "offload_optimizer"))
+    return recipe.training.offload_activations or any(its.get("device", "none") != "none" for its in settings)
+
+
+def _zero_settings(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(Path(recipe.deepspeed.config).read_text())["zero_optimization"]
+
+
+def _largest_stored(model: CausalLM) -> int:
+    """The largest matrix as it is read before it is quantized, in 16 bits."""
+    return max(
+        (2 * m.in_features * m.out_features for m in model.modules() if isinstance(m, ShardedLinear)), default=0
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _trace(model: CausalLM, batch: Batch) -> dict[str, int]:
+    """Most bytes of activations up to the end of the head's forward, and in backward."""
+    model.train()
+    model.offload_activations = False  # fake tensors have one place to be
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=False) as fakes:
+        _make_fake(model)
+        inputs = {
+            name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in batch.model_inputs(torch.device("cpu")).items()
+        }
+        with LiveTensors() as live:
+            loss = model(**inputs)
+            at_head = live.peak_bytes
+            live.peak_bytes = live.live_bytes
+            loss.backward()
+            in_backward = live.peak_bytes
+    return {"peak_at_head": at_head, "peak_in_backward": in_backward}
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Puts fake CPU tensors where parameters and buffers are; a weight in codes is then made of nothing."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    if parameter.requires_grad:  # reduced into a bucket at once, and let go
+                        made[id(parameter)].register_post_accumulate_grad_hook(_drop_gradient)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        if isinstance(module, ShardedLinear):
+            if module.quantization.format != "none":
+                module.dense_weight = _Dequantized(module)
+            if getattr(module, "dropout", 0):
+                module.draw_dropout = lambda: 0  # a drawn number would have a value
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+class _Dequantized:
+    """Stands for a linear's `dense_weight`: new memory of its size."""
+
+    def __init__(self, linear: ShardedLinear) -> None:
+        self._shape, self._dtype = (linear.out_features, linear.in_features), linear.dtype
+
+    def __call__(self) -> Any:
+        return torch.empty(self._shape, dtype=self._dtype, device="cpu")

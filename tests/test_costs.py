@@ -1,0 +1,53 @@
+"""The cost model: amounts against counters of torch, prices found again, and the arithmetic of a cluster."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorasp.costs import Cluster, Prices, Work, count_work, gathered_bytes
+from lorasp.data.batches import collate
+from lorasp.data.examples import Example
+from tests.test_models import build
+from tests.tiny_models import save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build(save_model("llama_tied", tmp_path_factory.mktemp("models") / "tied"), quantization={"format": "nf4"})
+
+
+def test_amounts_are_those_of_a_real_forward(model):
+    rows, length = 3, 20
+    batch = collate([Example(tuple(range(length)), 1)] * rows, range(rows))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**batch.model_inputs("cpu"))
+    counted = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counted.items() if "bmm" in str(op))
+    work = count_work(model, rows=rows, length=length, world_size=2)
+    # torch counts the whole square, forward; the causal half of it, and 2.5 times that in backward, are computed.
+    assert work.attention == 3.5 * attention / 2
+    assert work.weights == 2 * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)  # layers: q, o; k, v; gate, up, down
+    assert work.units == 2 * (3 + 3)  # layers, embedding, norm, head
+    assert work.received == gathered_bytes(model) / 2
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    tied = 4 * 261 * 64  # once more, for the head
+    assert gathered_bytes(model) == 2 * (stored + tied)
+    assert count_work(model, rows=rows, length=length, world_size=1).received == 0
+
+
+def test_prices_are_found_again_and_none_is_negative():
+    generator = torch.Generator().manual_seed(0)
+    works = [Work(*torch.rand(6, generator=generator).tolist()) for _ in range(9)]
+    true = Prices((3.0, 0.0, 0.5, 0.0, 2.0, 0.1))
+    found = Prices.fit(works, [true.of(work) for work in works])
+    assert found.seconds == pytest.approx(true.seconds, abs=1e-9) and min(found.seconds) >= 0
+    assert sum(found.parts(works[0]).values()) == pytest.approx(true.of(works[0]))
+
+
+def test_a_cluster_gathers_at_its_narrowest_place():
+    cluster = Cluster("two nodes of four", per_node=4, flops=10.0, weights=5.0, link=100.0, network=20.0)
+    work = Work(products=60.0, attention=40.0, weights=10.0, passed=0.0, received=0.0, units=0.0)
+    assert cluster.seconds(work, 800.0, 4, hierarchical=False) == (12.0, 800 * 3 / 4 / 100)
+    assert cluster.seconds(work, 800.0, 8, hierarchical=False) == (12.0, 800 * 1 / 2 / 20)  # through the network
+    assert cluster.seconds(work, 800.0, 8, hierarchical=True) == (12.0, 800 * 3 / 4 / 100)

@@ -1,0 +1,163 @@
+"""The plan of a run's memory: what it says without weights, and what it refuses."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from lorasp import memory, run
+from lorasp.data.batches import collate
+from lorasp.data.examples import Example
+from lorasp.models.recompute import kept_bytes_per_token
+from lorasp.models.weights import load_config, locate_model
+from lorasp.planning import as_method, excess, plan, plans_that_fit
+from lorasp.recipe import Recipe, RecipeError
+from tests.distributed.launching import ROOT
+
+GIB = 2**30
+BATCH = collate([Example((0,) * 64, 1)], [0])
+
+
+def recipe(path="llama-7b", length=256, micro=2, **sections):
+    training = {"micro_batch_size": micro, "global_batch_size": 64, **sections.pop("training", {})}
+    data = {"train": "random", "max_length": length}
+    return Recipe(model={"path": path, "weights": "random"}, data=data, training=training, **sections)
+
+
+def planned(settings, world_size=1, dtype=torch.bfloat16):
+    return plan(
+        settings, load_config(locate_model(settings.model), settings.model), world_size=world_size, dtype=dtype
+    )
+
+
+def test_the_base_of_a_7b_is_cut_over_the_ranks():
+    """4.13 bits a weight of the linears (codes, scales of 64, no second level, which is a buffer), 16 of the rest."""
+    linears, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
+    whole = linears // 2 + linears // 64 + 2 * rest
+    for ranks in (1, 2, 8):
+        shard = planned(recipe(), ranks).phases["train"]["base_shard"]
+        assert abs(shard - whole / ranks) < 1e-4 * whole / ranks
+
+
+def test_lora_sp_halves_what_lora_keeps_and_full_fine_tuning_keeps_sixteen_bytes_a_weight():
+    ours, lora, full = (
+        planned(as_method(recipe(), method), 4).phases["train"] for method in ("lorasp", "lora", "full")
+    )
+    assert ours["optimizer"] == pytest.approx(lora["optimizer"] / 2, rel=1e-6)
+    assert ours["adapters"] == pytest.approx(lora["adapters"] / 2, rel=1e-6)
+    assert full["optimizer"] == pytest.approx(12 * 6_738_415_616 / 4, rel=1e-6) and full["adapters"] == 0
+
+
+@pytest.mark.parametrize("policy", ["selective", "lean", "layer"])
+def test_a_layer_more_keeps_what_the_policy_says(policy):
+    """Traced, against the formula of models/recompute.py: 32 layers against 40 of the same width would show it."""
+    settings = recipe(micro=1, training={"activation_checkpointing": policy})
+    config = load_config(locate_model(settings.model), settings.model)
+    config.num_hidden_layers = 10
+    ten = plan(settings, config, world_size=1, dtype=torch.bfloat16).phases["train"]["activations"]
+    config.num_hidden_layers = 20
+    twenty = plan(settings, config, world_size=1, dtype=torch.bfloat16).phases["train"]["activations"]
+    told = 10 * 256 * kept_bytes_per_token(policy, config, 2)
+    assert twenty - ten == pytest.approx(told, rel=0.01)
+
+
+def test_dropout_and_other_families_are_traced_too():
+    more = planned(recipe(adapter={"dropout": 0.1})).peak("train")
+    assert more > planned(recipe()).peak("train")
+    grouped = planned(recipe("llama2-70b", micro=1), 8)
+    assert 4.2 < grouped.phases["train"]["base_shard"] / GIB < 4.6
+
+
+def test_what_fits_is_found_and_the_fastest_comes_first():
+    settings = recipe(length=1024, micro=4)
+    config = load_config(locate_model(settings.model), settings.model)
+    how = {"world_size": 2, "dtype": torch.bfloat16}
+    limit = 12 * GIB
+    found = list(plans_that_fit(settings, config, limit_bytes=limit, **how))
+    assert all(its.highest <= limit for _, its in found)
+    sizes = {words[0].partition("=")[2]: int(words[1].partition("=")[2]) for words, _ in found}
+    assert list(sizes) == ["selective", "lean", "layer"] and sizes["selective"] < sizes["layer"]
+    # The next larger micro batch of the first does not fit.
+    more = settings.training.model_copy(
+        update={"activation_checkpointing": "selective", "micro_batch_size": 2 * sizes["selective"]}
+    )
+    assert plan(settings.model_copy(update={"training": more}), config, **how).highest > limit
+    assert not list(plans_that_fit(settings, config, limit_bytes=GIB, **how))
+
+
+def test_too_little_memory_is_told_with_what_takes_it():
+    its = planned(recipe(), 2)
+    assert excess(its, its.highest) is None
+    told = excess(its, its.highest - 1)
+    assert (
+        "at the peak of train (base shard" in told and "--world-size 2 --fit" in told and "memory.check=warn" in told
+    )
+
+
+@pytest.mark.parametrize("check", ["refuse", "warn"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_read(check, offload, monkeypatch, tmp_path):
+    settings = recipe(training={"offload_activations": offload}, memory={"check": check})
+    monkeypatch.setattr(run, "free_bytes", lambda device, processes: GIB)
+    ranks, warned = SimpleNamespace(world_size=2, device=torch.device("cpu")), []
+    arguments = (settings, locate_model(settings.model), ranks, torch.float32, BATCH)
+    if check == "refuse" and not offload:
+        with pytest.raises(RecipeError, match="has 1.000 GiB free"):
+            run.plan_memory(*arguments, warn=warned.append)
+    else:
+        told = run.plan_memory(*arguments, warn=warned.append)
+        assert told.highest > GIB and len(warned) == 1
+
+
+def test_free_memory_is_shared_by_the_processes_of_a_machine():
+    one, four = (memory.free_bytes(torch.device("cpu"), processes) for processes in (1, 4))
+    assert 0 < four < one <= psutil.virtual_memory().total
+
+
+def test_the_command_needs_neither_deepspeed_nor_bitsandbytes(tmp_path):
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['plan.py', 'recipes/rehearsal_13b.yaml', '--world-size', '8', *sys.argv[1:]]\n"
+        "try: runpy.run_path('launch/plan.py', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print([name for name in ('deepspeed', 'bitsandbytes') if name in sys.modules])"
+    )
+    arguments = ["training.global_batch_size=8", "--gpu-memory", "24GiB", "--sweep", str(tmp_path / "sweep.png")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["0", "[]"], done.stdout + done.stderr
+    assert "| phase | part | lorasp | lora | full |" in lines and any("| max_length |" in line for line in lines)
+    assert any(line.startswith("fits into 24.000 GiB") for line in lines)
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu-memory", "24GuB"], "'24GuB' is no size; write 24GiB"),
+        (["--sweep", "picture.jpg"], "write one that ends in .png"),
+        (["--world-size", "0"], "a run has at least one rank"),
+        (["--world-size", "3"], "do not divide over 3 ranks"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, said):
+    command = [sys.executable, "launch/plan.py", "recipes/rehearsal_7b.yaml", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_plan_that_does_not_fit_exits_with_one():
+    command = [
+        sys.executable,
+        "launch/plan.py",
+        "recipes/rehearsal_7b.yaml",
+        "--world-size",
+        "2",
+        "--gpu-memory",
+        "1GiB",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "does not fit into 1.000 GiB" in done.stdout
