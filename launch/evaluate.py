@@ -49,7 +49,7 @@ def main() -> int:
     tokenizer = data.tokenizer
 
     with log.phase("load"):
-        loaded = load_model(recipe, directory, ranks, dtype)
+        loaded = load_model(recipe, directory, ranks, dtype, log.console.info)
         engine = Engine(ranks, loaded.model, recipe.training)
         log.model_loaded(asdict(loaded.counts), lambda: held_bytes(loaded.model, engine))
 

@@ -51,7 +51,7 @@ def main() -> int:
     asked = recipe.model.dtype
     dtype = getattr(torch, asked) if asked != "auto" else torch.float32 if options.cpu else torch.bfloat16
     how = {"world_size": options.world_size, "dtype": dtype}
-    methods = dict.fromkeys((recipe.method, "lora", "full"))
+    methods = dict.fromkeys((recipe.method, "lorasp", "lora", "full"))
     plans = {method: plan(as_method(recipe, method), config, **how) for method in methods}
     print(format_plans(recipe, plans, dtype, limit))
     if picture is not None:

@@ -70,7 +70,7 @@ def main() -> int:
     log.planned(plan_memory(recipe, directory, ranks, dtype, largest, warn=log.console.warn))
 
     with log.phase("load"):
-        loaded = load_model(recipe, directory, ranks, dtype)
+        loaded = load_model(recipe, directory, ranks, dtype, log.console.info)
         engine = Engine(ranks, loaded.model, training)
         if recipe.adapter.init_from is not None:  # what a bf16 model holds of it is rounded
             engine.set_trained_values(load_adapter(recipe.adapter.init_from, recipe).trained_values(loaded.model))

@@ -83,14 +83,19 @@ def plan(
 
 
 def as_method(recipe: Recipe, method: str) -> Recipe:
-    """The same run by another method: `lorasp`, `lora` at the same rank, or `full`."""
+    """The same run by another method: `lorasp`, `lora` at the same rank, or `full`.
+
+    What the recipe's own method has no use for, such as an adapter's rank beside `full`, is the default.
+    """
     tree = recipe.to_dict() | {"method": method}
+    if recipe.method == "full" != method:
+        del tree["quantization"]  # it says none, as full fine-tuning must
     if method != "lorasp":
         tree.pop("selection", None)
         tree.get("adapter", {}).pop("frozen_entries", None)
     if method == "full":
-        tree.pop("adapter", None)
-        tree.pop("quantization", None)
+        for section in ("adapter", "quantization"):
+            tree.pop(section, None)
     return Recipe(**tree)
 
 

@@ -114,6 +114,7 @@ class Quantization(_Section):
 
     format: Literal["none", "nf4", "fp4"] = "nf4"
     double_quant: bool = True  # quantizes the scales as well: 0.37 bit a weight less
+    cache: bool = True  # keeps what was quantized for the next start: see models/quantized_cache.py
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64  # weights that share a scale
 
     @field_validator("format", mode="before")

@@ -23,9 +23,12 @@ from lorasp.evaluation.held_out import HeldOutScore, score_held_out
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.causal_lm import CausalLM
+from lorasp.models.quantized_cache import WORTH_KEEPING, QuantizedCache, digests_behind
+from lorasp.models.random_weights import RandomWeights
 from lorasp.models.recompute import set_recomputation
-from lorasp.models.weights import DEMO_MODEL, load_config, load_tokenizer, locate_model, open_weights
+from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, load_tokenizer, locate_model, open_weights
 from lorasp.planning import Plan, excess, offloads, plan
+from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
@@ -142,8 +145,17 @@ class LoadedModel:
     fallback: str | None
 
 
-def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype) -> LoadedModel:
-    """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError."""
+def load_model(
+    recipe: Recipe,
+    directory: Path,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    tell: Callable[[str], None] = lambda line: None,
+) -> LoadedModel:
+    """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError.
+
+    tell: is given a line about where the quantized base comes from, or is kept.
+    """
     config = load_config(directory, recipe.model)
     checkpoint = open_weights(directory, recipe)
     saved: SavedAdapter | None = None
@@ -155,6 +167,11 @@ def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype
     counts, flops = count_parameters(model), count_flops(model)
     ds_config = deepspeed_config(recipe, dtype, ranks.world_size)
     ds_config["zero_optimization"][PREFETCH] = 0  # no matter of sharding; "auto" is known only to the engine
+    cache = _quantized_cache(recipe, model, checkpoint, dtype, ranks, tell)
+    manifest, cached_at = ranks.gather((cache.found(), cache.path) if cache else (None, None))[0]
+    if manifest is not None:
+        checkpoint.replace(cached_at, manifest["tensors"])
+        tell(f"base: what was quantized before is read from {cached_at}")
     fill_and_shard(
         model,
         checkpoint,
@@ -164,15 +181,37 @@ def load_model(recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype
         shard=lambda unit: shard_unit(unit, ds_config),
         bring_to_first=bring_to_first,
         broadcast=broadcast_buffer,
+        keep=cache.keep if cache and manifest is None else None,
     )
     for digests in ranks.gather(checkpoint.digests):  # each read its part
         checkpoint.digests |= digests
+    if manifest is not None:
+        checkpoint.digests = digests_behind(manifest, checkpoint.digests, cached_at)
+    elif cache:
+        cache.finish(checkpoint.digests)
     base_digest = checkpoint.digest()
     if saved is not None:
         saved.check_base(base_digest)
     _check_agreement(model_selection_digest(model.model), ranks)
     policy, fallback = set_recomputation(model.model, recipe.training.activation_checkpointing)
     return LoadedModel(model, counts, base_digest, saved.info if saved else None, flops, policy, fallback)
+
+
+def _quantized_cache(
+    recipe: Recipe,
+    model: CausalLM,
+    checkpoint: Checkpoint | RandomWeights,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    tell: Callable[[str], None],
+) -> QuantizedCache | None:
+    """On rank 0, where the recipe wants one and enough is quantized for it to be worth while."""
+    linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
+    weights = sum(m.in_features * m.out_features for m in linears if m.quantization.format != "none")
+    stored = isinstance(checkpoint, Checkpoint) and not checkpoint.is_packed
+    if not (ranks.is_main and recipe.quantization.cache and stored and weights >= WORTH_KEEPING):
+        return None
+    return QuantizedCache(checkpoint, recipe.quantization, dtype, ranks.device, tell)
 
 
 def _check_agreement(selection_digest: str, ranks: Ranks) -> None:

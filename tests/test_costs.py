@@ -1,5 +1,8 @@
 """The cost model: amounts against counters of torch, prices found again, and the arithmetic of a cluster."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -8,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorasp.costs import Cluster, Prices, Work, count_work, gathered_bytes
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
+from tests.distributed.launching import ROOT
 from tests.test_models import build
 from tests.tiny_models import save_model
 
@@ -51,3 +55,22 @@ def test_a_cluster_gathers_at_its_narrowest_place():
     assert cluster.seconds(work, 800.0, 4, hierarchical=False) == (12.0, 800 * 3 / 4 / 100)
     assert cluster.seconds(work, 800.0, 8, hierarchical=False) == (12.0, 800 * 1 / 2 / 20)  # through the network
     assert cluster.seconds(work, 800.0, 8, hierarchical=True) == (12.0, 800 * 3 / 4 / 100)
+
+
+def test_the_study_varies_one_thing_at_a_time_and_says_what_is_calculated():
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "launch" / "scaling.py")
+    scaling = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = scaling  # where its dataclasses look for their types
+    spec.loader.exec_module(scaling)
+    settings = scaling._settings([1, 2, 4])
+    assert len(set(settings)) == len(settings) == 11
+    middle = settings[0]
+    for setting in settings[1:]:
+        changed = {name for name, value in vars(setting).items() if value != vars(middle)[name]}
+        assert len(changed) == 1 or changed == {"rows", "length"}
+    told = scaling.on_gpus()
+    assert told.startswith("Calculated, not measured: LLaMA-13B")
+    rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| 8 ×")]
+    # Through one port a node, 64 GPUs wait for their gathers; with a whole set of shards in each node they do not.
+    [everywhere, in_nodes] = [row for row in rows if "one 100" in row[0] and row[1] == "64"]
+    assert float(everywhere[4]) > float(everywhere[3]) and float(in_nodes[4]) < float(in_nodes[3])

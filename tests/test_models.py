@@ -192,15 +192,18 @@ def test_ranks_share_out_the_quantization_of_a_unit(world_size, directories):
     """Whole tensors, about equally many weights a rank; nothing of what needs no computing."""
     settings = recipe(directories["llama"], quantization={"format": "nf4"})
     model = build_on_meta(load_config(directories["llama"], settings.model), settings, torch.float32)
+    checkpoint = Checkpoint(directories["llama"])
     layers = [unit for unit in units(model.model) if ".layers." in unit.name]
-    owners = build_module._readers(layers[0], world_size)
+    owners = build_module._readers(layers[0], world_size, checkpoint)
     sizes = {name: m.in_features * m.out_features for name, m in build_module._linears(layers[0])}
     assert set(owners) == set(sizes) and set(owners.values()) <= set(range(world_size))
     loads = [sum(sizes[name] for name, rank in owners.items() if rank == its) for its in range(world_size)]
     assert max(loads) - min(loads) <= max(sizes.values())
     dense = recipe(directories["llama"])
     model = build_on_meta(load_config(directories["llama"], dense.model), dense, torch.float32)
-    assert {rank for unit in units(model.model) for rank in build_module._readers(unit, world_size).values()} == {0}
+    assert {
+        rank for unit in units(model.model) for rank in build_module._readers(unit, world_size, checkpoint).values()
+    } == {0}
 
 
 def test_ranks_that_drew_another_selection_stop():

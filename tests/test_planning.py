@@ -51,6 +51,17 @@ def test_lora_sp_halves_what_lora_keeps_and_full_fine_tuning_keeps_sixteen_bytes
     assert full["optimizer"] == pytest.approx(12 * 6_738_415_616 / 4, rel=1e-6) and full["adapters"] == 0
 
 
+def test_each_method_can_be_planned_from_each():
+    for own in ("lorasp", "lora", "full"):
+        settings = as_method(recipe(), own)
+        assert [as_method(settings, method).method for method in ("lorasp", "lora", "full")] == [
+            "lorasp",
+            "lora",
+            "full",
+        ]
+        assert as_method(settings, "lora").quantization.format == "nf4"
+
+
 @pytest.mark.parametrize("policy", ["selective", "lean", "layer"])
 def test_a_layer_more_keeps_what_the_policy_says(policy):
     """Traced, against the formula of models/recompute.py: 32 layers against 40 of the same width would show it."""

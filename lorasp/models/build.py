@@ -97,21 +97,24 @@ def fill_and_shard(
     shard: Callable[[nn.Module], None],
     bring_to_first: Callable[[Tensor, int], None],
     broadcast: Callable[[Tensor], None],
+    keep: Callable[[str, dict[str, Tensor]], None] | None = None,
 ) -> None:
     """Streams the checkpoint into the model: each unit is read, quantized, moved to `device` and sharded in turn.
 
     The ranks share out a unit's linears, each whole: double quantization takes a mean over a tensor. What this rank
     does not read it allocates. `bring_to_first` gives rank 0 what another rank (its second argument) quantized, from
-    where `shard` hands the unit out, and `broadcast` the buffers that stay whole.
+    where `shard` hands the unit out, and `broadcast` the buffers that stay whole. `keep`, for rank 0, is given each
+    unit's name and what was quantized of it, in bitsandbytes' layout.
 
     Raises RecipeError naming the tensors that are missing, unexpected or of another shape, before any is read.
     """
     for unit in filled_units(model.model, checkpoint, device=device, rank=rank, world_size=world_size, stays=False):
-        owners = _readers(unit, world_size)
-        for name, linear in _linears(unit):
-            if owners[name] != 0:
-                for _, tensor in linear.base_tensors():
-                    bring_to_first(tensor, owners[name])
+        for name, owner in _readers(unit, world_size, checkpoint).items():
+            if owner != 0:
+                for _, tensor in model.model.get_submodule(name).base_tensors():
+                    bring_to_first(tensor, owner)
+        if keep is not None:
+            keep(unit.name, _newly_packed(unit, checkpoint))
         for _, buffer in _scale_buffers(unit.module):
             broadcast(buffer)
         shard(unit.module)
@@ -135,7 +138,7 @@ def filled_units(
     _check_names(model, checkpoint)
     placed: dict[int, nn.Parameter] = {}  # a tied parameter is filled once and shared again
     for unit in units(model):
-        owners = _readers(unit, world_size)
+        owners = _readers(unit, world_size, checkpoint)
         for prefix, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
             reads = owners.get(prefix, 0) == rank
             dot = f"{prefix}." if prefix else ""
@@ -151,7 +154,20 @@ def _linears(unit: Unit) -> Iterator[tuple[str, ShardedLinear]]:
             yield name, module
 
 
-def _readers(unit: Unit, world_size: int) -> dict[str, int]:
+def _newly_packed(unit: Unit, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, linear in _linears(unit)
+        if _is_quantized_here(name, linear, checkpoint)
+        for key, tensor in linear.packed().items()
+    }
+
+
+def _is_quantized_here(name: str, linear: ShardedLinear, checkpoint: Checkpoint) -> bool:
+    return linear.quantization.format != "none" and not _is_packed(linear, f"{name}.", checkpoint.names())
+
+
+def _readers(unit: Unit, world_size: int, checkpoint: Checkpoint) -> dict[str, int]:
     """The rank that reads and quantizes each linear of the unit, about equally many weights a rank.
 
     Rank 0 reads all that nothing needs to be computed of.
@@ -162,7 +178,7 @@ def _readers(unit: Unit, world_size: int) -> dict[str, int]:
     for name, linear in sorted(_linears(unit), key=lambda named: -sizes[named[0]]):
         # The least loaded; of equally loaded ones the last, as rank 0 has the rest of the work.
         owners[name] = 0
-        if linear.quantization.format != "none":
+        if _is_quantized_here(name, linear, checkpoint):
             owners[name] = min(range(world_size), key=lambda rank: (load[rank], -rank))
             load[owners[name]] += sizes[name]
     return owners

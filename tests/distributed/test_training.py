@@ -153,6 +153,7 @@ def one_rank(models, tmp_path_factory):
     jobs = {
         "twice_the_batch": job(models["llama"], micro=8, gradients_of=0),
         "accumulation": job(models["llama"], micro=4, gradients_of=0),
+        "memory_selective": job(models["llama"], micro=8, count_operations=True, steps=3),
         "more_accumulation": job(models["llama"], micro=2),
         "full_accumulation": job(models["llama"], micro=4, method="full", training={"learning_rate": 1e-3}),
     }
@@ -336,23 +337,24 @@ def test_gathered_bytes_are_those_that_the_cost_model_counts(name, two_ranks, mo
         assert rank["gathered"] == gathered_bytes(model)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_plan_counts_what_a_rank_holds_between_steps(ranks, request, models):
-    found = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])
-    families = FAMILIES if ranks == 2 else {"nf4": FAMILIES["nf4"]}
+    found = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
+    families = FAMILIES if ranks == 2 else {"accumulation" if ranks == 1 else "nf4": FAMILIES["nf4"]}
     for name, (kind, changes) in families.items():
         planned = planned_for(models[kind], world_size=ranks, **changes).phases["train"]
         for rank in found[name]:
             assert {part: planned[part] for part in rank["held"]} == rank["held"], name
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_plan_foresees_the_tensors_of_a_step(policy, two_ranks, models):
+@pytest.mark.parametrize(("ranks", "policy"), [*((2, policy) for policy in POLICIES), (1, "selective")])
+def test_the_plan_foresees_the_tensors_of_a_step(ranks, policy, models, request):
     """Traced on fake tensors against counted in a real step, gathers included."""
-    for rank in two_ranks[f"memory_{policy}"]:
+    found = request.getfixturevalue({1: "one_rank", 2: "two_ranks"}[ranks])
+    for rank in found[f"memory_{policy}"]:
         rows = [Example(tuple(EXAMPLES[row][0]), EXAMPLES[row][1]) for row in rank["step_rows"]]
         how = {"activation_checkpointing": policy}
-        planned = planned_for(models["llama"], world_size=2, batch=collate(rows, range(len(rows))), training=how)
+        planned = planned_for(models["llama"], world_size=ranks, batch=collate(rows, range(len(rows))), training=how)
         parts = planned.phases["train"]
         assert abs(parts["gathered"] + parts["activations"] - rank["step_peak"]) <= 0.1 * rank["step_peak"]
 
