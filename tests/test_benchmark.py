@@ -17,7 +17,9 @@ GIB = 2**30
 
 def bench() -> "benchmark.Benchmark":
     made = object.__new__(benchmark.Benchmark)
-    made._options = SimpleNamespace(rounds=2, steps=1, ranks=2, threads=1, batch=4, length=256, live=False)
+    made._options = SimpleNamespace(
+        rounds=2, steps=1, ranks=2, threads=1, batch=4, length=256, live=False, policies=["selective", "lean"]
+    )
     made.empty, made._directory = GIB // 2, None
     return made
 
