@@ -29,6 +29,7 @@ from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import set_recomputation
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe
+from lorasp.recipe_deepspeed import shard_group_size
 
 _ADAPTER = ("A", "B", "A_rest")
 
@@ -50,17 +51,25 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, config: PreTrainedConfig, *, world_size: int, dtype: torch.dtype, batch: Batch | None = None
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    *,
+    world_size: int,
+    dtype: torch.dtype,
+    batch: Batch | None = None,
+    ranks_of_a_node: int = 8,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
     tokens, all of them labelled.
 
-    dtype: of computation. Raises RecipeError for a model that cannot be built.
+    dtype: of computation. ranks_of_a_node: for a DeepSpeed configuration that keeps a set of shards in each node.
+    Raises RecipeError for a model that cannot be built.
     """
     if batch is None:
         rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
         batch = collate(rows, range(len(rows)))
-    one, two = (_measure(recipe, _with_layers(config, layers), world_size, dtype, batch) for layers in (1, 2))
+    group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
+    one, two = (_measure(recipe, _with_layers(config, n), world_size, group, dtype, batch) for n in (1, 2))
     layers = config.get_text_config().num_hidden_layers
     found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
     # Nothing is gathered where a rank's shard is the whole.
@@ -151,7 +160,7 @@ def excess(plan: Plan, free_bytes: int) -> str | None:
 
 
 def _measure(
-    recipe: Recipe, config: PreTrainedConfig, world_size: int, dtype: torch.dtype, batch: Batch
+    recipe: Recipe, config: PreTrainedConfig, world_size: int, group: int, dtype: torch.dtype, batch: Batch
 ) -> dict[str, int]:
     """Bytes (and `trained` entries) of a model with the layers of `config`; each of them grows by a layer's."""
     model = build_on_meta(config, recipe, dtype)
@@ -159,9 +168,11 @@ def _measure(
     found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
     masters = 0
     for name, parameter in model.named_parameters():
-        shard = -(-parameter.numel() // world_size)
+        shard = kept = -(-parameter.numel() // world_size)
+        if group > 1 and not parameter.requires_grad:  # also of the node's set, cut from what is padded for all
+            kept += shard * world_size // group
         part = "adapters" if name.rpartition(".")[2] in _ADAPTER else "base_shard"
-        found[part] += shard * parameter.element_size()
+        found[part] += kept * parameter.element_size()
         found["stored"] += parameter.numel() * parameter.element_size()
         if part == "adapters":
             found["adapters_whole"] += parameter.numel() * parameter.element_size()

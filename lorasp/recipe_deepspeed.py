@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorasp.recipe_errors import shown
+from lorasp.recipe_errors import RecipeError, shown
 
 # Settings of DeepSpeed's that follow from the recipe, and what to set there instead.
 _OWNED = {
@@ -18,6 +18,9 @@ _OWNED = {
     "bf16": "model.dtype",
     "fp16": "model.dtype (float16 is not supported)",
 }
+# Ranks that hold a whole set of shards among them, so that they gather from each other: "auto" is those of a node.
+SHARD_GROUP = "zero_hpz_partition_size"
+_AUTO = ("zero_optimization.stage3_prefetch_bucket_size", f"zero_optimization.{SHARD_GROUP}")
 _REQUANTIZING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
@@ -53,12 +56,29 @@ def check_deepspeed_config(path: Path) -> list[str]:
             f"remove it: an adapter's are small"
         )
     faults += [
-        f'{path}: {key} is "auto", which only zero_optimization.stage3_prefetch_bucket_size may be; remove it, or '
-        f"write a number"
+        f'{path}: {key} is "auto", which only {" and ".join(_AUTO)} may be; remove it, or write a number'
         for key in _auto_keys(config)
-        if key not in _OWNED and key != "zero_optimization.stage3_prefetch_bucket_size"
+        if key not in _OWNED and key not in _AUTO
     ]
+    size = zero.get(SHARD_GROUP, 1)
+    if size != "auto" and not (type(size) is int and size >= 1):
+        faults.append(f"{path}: {SHARD_GROUP} is {shown(size)}; write a number of ranks, or auto for those of a node")
     return faults
+
+
+def shard_group_size(path: str, world_size: int, ranks_of_a_node: int) -> int:
+    """What the DeepSpeed JSON at `path` says of SHARD_GROUP; 1 where all ranks form one group anyway.
+
+    Raises RecipeError for a number that does not divide the ranks.
+    """
+    size = json.loads(Path(path).read_text())["zero_optimization"].get(SHARD_GROUP, 1)
+    size = ranks_of_a_node if size == "auto" else size
+    if world_size % size:
+        raise RecipeError(
+            f"deepspeed.config: {path}: {SHARD_GROUP} of {size} does not divide {world_size} ranks; write a number "
+            f"that does"
+        )
+    return 1 if size == world_size else size
 
 
 def _auto_keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:

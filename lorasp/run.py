@@ -119,8 +119,10 @@ def plan_memory(
 
     What is offloaded to the host is planned as if it stayed: such a run is only warned of.
     """
-    planned = plan(recipe, load_config(directory, recipe.model), world_size=ranks.world_size, dtype=dtype, batch=batch)
-    too_much = excess(planned, free_bytes(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    how = {"world_size": ranks.world_size, "dtype": dtype, "batch": batch, "ranks_of_a_node": of_node}
+    planned = plan(recipe, load_config(directory, recipe.model), **how)
+    too_much = excess(planned, free_bytes(ranks.device, of_node))
     if too_much and recipe.memory.check == "refuse" and not offloads(recipe):
         raise RecipeError(too_much)
     if too_much:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorasp.recipe import Data, Model, Recipe, RecipeError, Selection, load_recipe
-from lorasp.recipe_deepspeed import check_deepspeed_config
+from lorasp.recipe_deepspeed import check_deepspeed_config, shard_group_size
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -206,6 +206,7 @@ def test_shorthand_changes_the_format_and_nothing_else(write) -> None:
         "format": "fp4",
         "double_quant": True,
         "block_size": 128,
+        "cache": True,
     }
     path = write(SMALL + "quantization: fp4\n")
     assert load_recipe(path, ["quantization.block_size=256"]).quantization.format == "fp4"
@@ -318,6 +319,7 @@ def test_missing_files_are_told_before_anything_loads(write) -> None:
             "zero_quantized_weights would quantize",
         ),
         ('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}', "set training.global_batch_size"),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}', "zero_hpz_partition_size is 0; write a"),
         (
             '{"zero_optimization": {"stage": 3}, "fp16": {"enabled": true}}',
             "set model.dtype (float16 is not supported)",
@@ -358,4 +360,19 @@ def test_deepspeed_config_is_found_by_name_and_as_shipped_is_usable(write) -> No
     assert check_deepspeed_config(mine) == []
     mine.unlink()
     [fault] = faults(Path("x.yaml"), "deepspeed.config=zero2.json")
-    assert "did you mean zero3.json?" in fault
+    assert "did you mean zero3.json" in fault
+
+
+def test_a_set_of_shards_is_that_of_a_node_and_must_divide_the_ranks(tmp_path) -> None:
+    shipped = str(ROOT / "ds_configs" / "zero3_hpz.json")
+    assert [shard_group_size(shipped, ranks, of_node) for ranks, of_node in ((16, 8), (8, 8), (4, 2))] == [8, 1, 2]
+    assert shard_group_size(str(ROOT / "ds_configs" / "zero3.json"), 16, 8) == 1
+    config = tmp_path / "three.json"
+    config.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}')
+    with pytest.raises(RecipeError, match="zero_hpz_partition_size of 3 does not divide 4 ranks"):
+        shard_group_size(str(config), 4, 2)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "ds_configs").iterdir()))
+def test_every_shipped_deepspeed_configuration_can_be_used(name) -> None:
+    assert check_deepspeed_config(ROOT / "ds_configs" / name) == []

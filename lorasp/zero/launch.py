@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from lorasp.hashing import stream_key
 from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe_deepspeed import SHARD_GROUP, shard_group_size
 
 # What an Accelerate default config (~/.cache/huggingface/accelerate) may hold that a recipe decides; the launcher
 # hands it on as variables, which DeepSpeedPlugin would read. RANK, WORLD_SIZE and the like are not among them.
@@ -122,6 +123,8 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int) -> dic
     # Otherwise zero.Init replaces torch.nn.functional.linear for the whole process.
     config["zero_optimization"]["memory_efficient_linear"] = False
     config["steps_per_print"] = 2**31 - 1
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    config["zero_optimization"][SHARD_GROUP] = shard_group_size(recipe.deepspeed.config, world_size, of_node)
     return config
 
 

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus
-from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_module
+from deepspeed.utils import get_z3_leaf_modules, groups, set_z3_leaf_module
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from lorasp.recipe_deepspeed import SHARD_GROUP
 
 # Bytes from which a parameter is gathered by a collective of its own: the start of one no longer matters.
 _LARGE = 2**24
@@ -21,11 +23,25 @@ def shard_unit(unit: nn.Module, config: dict) -> None:
     # An embedding whose weight is trained must not be one: DeepSpeed frees a leaf without differentiable inputs before
     # its gradient arrives.
     set_z3_leaf_module(unit, any(True for _ in unit.children()))
-    deepspeed.zero.Init(module=unit, config_dict_or_path=config)  # becomes sharded by being made
+    # Becomes sharded by being made.
+    deepspeed.zero.Init(module=unit, config_dict_or_path=config, zero_param_parallel_group=_node_group(config))
     for name, parameter in unit.named_parameters():
         _gather_large_ones_alone(parameter)
         if parameter.ds_tensor.dtype != parameter.dtype:
             raise AssertionError(f"{name}: sharding turned {parameter.dtype} into {parameter.ds_tensor.dtype}")
+
+
+def _node_group(config: dict) -> dist.ProcessGroup | None:
+    """The ranks that hold a whole set of shards among them; None where only all of them do.
+
+    Made once: each Init would make groups of its own, and DeepSpeed refuses the second time.
+    """
+    size = config["zero_optimization"].get(SHARD_GROUP, 1)
+    if size == 1:
+        return None
+    if groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group()
 
 
 def _gather_large_ones_alone(parameter: nn.Parameter) -> None:
@@ -94,8 +110,9 @@ def largest_unit_numel(model: nn.Module) -> int:
 
 
 def shard_bytes(parameter: nn.Parameter) -> int:
-    """Bytes that this rank keeps of a parameter: its shard, with padding."""
-    return parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+    """Bytes that this rank keeps of a parameter: its shard with padding, and its part of the node's set if any."""
+    kept = [parameter.ds_tensor, getattr(parameter, "ds_secondary_tensor", None)]
+    return sum(shard.numel() * shard.element_size() for shard in kept if shard is not None)
 
 
 def whole(parameter: nn.Parameter) -> Tensor:

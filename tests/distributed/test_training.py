@@ -113,6 +113,7 @@ FAMILIES = {
     "init": ("llama", {"adapter": {"rank": 3, "alpha": 4.0, "frozen_entries": "init", "rslora": True}}),
     "no_recomputation": ("qwen2", {"training": {"activation_checkpointing": "none"}}),
     "lean": ("mistral", {"training": {"activation_checkpointing": "lean"}}),
+    "offload": ("llama", {"ds_config": str(ROOT / "ds_configs" / "zero3_offload.json")}),
     "decay": ("llama", {"training": {"weight_decay": 0.1}}),
     "quarter": ("llama", {"selection": {"fraction": 0.25}, "adapter": {"rank": 1, "target_modules": ["q_proj"]}}),
     "full": ("llama", {"method": "full", "training": {"learning_rate": 1e-3}}),
@@ -162,7 +163,13 @@ def one_rank(models, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def four_ranks(models, tmp_path_factory):
-    jobs = {"nf4": job(models["llama"], micro=1), "lora": job(models["llama"], micro=1, steps=2, method="lora")}
+    # A set of shards in each half of the ranks, as in nodes of two.
+    config = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    hpz = tmp_path_factory.mktemp("ds") / "hpz.json"
+    hpz.write_text(json.dumps(config))
+    jobs = {"hpz": job(models["llama"], micro=1, ds_config=str(hpz))}
+    jobs |= {"nf4": job(models["llama"], micro=1), "lora": job(models["llama"], micro=1, steps=2, method="lora")}
     return run_jobs(4, jobs, tmp_path_factory.mktemp("four"))
 
 
@@ -242,6 +249,15 @@ def test_ranks_and_accumulation_do_not_change_the_run(two_ranks, one_rank, four_
             ours, theirs = torch.tensor(one_rank[name][0]["gradients"][key]), torch.tensor(gradient)
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert_close(one_rank["full_accumulation"][0]["losses"], two_ranks["full"][0]["losses"])
+
+
+def test_a_set_of_shards_in_each_node_changes_no_number(four_ranks):
+    """And costs what it says: beside a quarter of everything, a half."""
+    for nodes, plain in zip(four_ranks["hpz"], four_ranks["nf4"], strict=True):
+        assert_close(nodes["losses"], plain["losses"], 1e-6)
+        assert_close(nodes["norms"], plain["norms"], 1e-6)
+        assert nodes["held"]["base_shard"] == 3 * plain["held"]["base_shard"]
+        assert nodes["held"]["optimizer"] == plain["held"]["optimizer"]
 
 
 def test_the_batches_were_ragged_and_a_rank_had_no_label(two_ranks, four_ranks):
@@ -340,7 +356,11 @@ def test_gathered_bytes_are_those_that_the_cost_model_counts(name, two_ranks, mo
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_plan_counts_what_a_rank_holds_between_steps(ranks, request, models):
     found = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
-    families = FAMILIES if ranks == 2 else {"accumulation" if ranks == 1 else "nf4": FAMILIES["nf4"]}
+    families = FAMILIES
+    if ranks == 1:
+        families = {"accumulation": FAMILIES["nf4"]}
+    elif ranks == 4:
+        families = {"nf4": FAMILIES["nf4"], "hpz": ("llama", {"ds_config": found["hpz"][0]["ds_config"]})}
     for name, (kind, changes) in families.items():
         planned = planned_for(models[kind], world_size=ranks, **changes).phases["train"]
         for rank in found[name]:

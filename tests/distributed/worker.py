@@ -57,6 +57,7 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
     found: dict = {
         "rank": ranks.rank,
         "world_size": ranks.world_size,
+        "ds_config": recipe.deepspeed.config,
         "counts": [loaded.counts.total, loaded.counts.adapter, loaded.counts.trained],
         "selection_digest": model_selection_digest(loaded.model),
         "base_digest": loaded.base_digest,
