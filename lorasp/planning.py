@@ -124,7 +124,7 @@ def plans_that_fit(
     for policy in _POLICIES:
         for size in sizes:
             settings = {"activation_checkpointing": policy, "micro_batch_size": size}
-            if policy == "layer":
+            if policy == "layer" and training.offload_activations:
                 settings["offload_activations"] = False  # it keeps its inputs where they cannot be moved
             tried = recipe.model_copy(update={"training": training.model_copy(update=settings)})
             found = plan(tried, config, world_size=world_size, dtype=dtype)
