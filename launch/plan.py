@@ -44,7 +44,7 @@ def main() -> int:
     import torch
 
     from lorasp.models.weights import load_config, locate_model
-    from lorasp.planning import as_method, plan, plans_that_fit
+    from lorasp.planning import NoPlan, as_method, plan, plans_that_fit
     from lorasp.reporting.plan_text import fits, format_plans, format_sweep
 
     config = load_config(locate_model(recipe.model, weights=False), recipe.model)
@@ -52,7 +52,10 @@ def main() -> int:
     dtype = getattr(torch, asked) if asked != "auto" else torch.float32 if options.cpu else torch.bfloat16
     how = {"world_size": options.world_size, "dtype": dtype}
     methods = dict.fromkeys((recipe.method, "lorasp", "lora", "full"))
-    plans = {method: plan(as_method(recipe, method), config, **how) for method in methods}
+    try:
+        plans = {method: plan(as_method(recipe, method), config, **how) for method in methods}
+    except NoPlan as reason:
+        raise RecipeError(f"model.path: {reason}") from None
     print(format_plans(recipe, plans, dtype, limit))
     if picture is not None:
         from lorasp.reporting.plots import draw_sweep

@@ -67,7 +67,9 @@ def main() -> int:
     # And what cannot fit, before a weight is read.
     units = order.largest_units(data.train.examples, training.micro_batch_size)
     largest = worst_batch(units, training.micro_batch_size)
-    log.planned(plan_memory(recipe, directory, ranks, dtype, largest, warn=log.console.warn))
+    planned = plan_memory(recipe, directory, ranks, dtype, largest, warn=log.console.warn)
+    if planned is not None:
+        log.planned(planned)
 
     with log.phase("load"):
         loaded = load_model(recipe, directory, ranks, dtype, log.console.info)

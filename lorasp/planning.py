@@ -34,6 +34,10 @@ from lorasp.recipe_deepspeed import shard_group_size
 _ADAPTER = ("A", "B", "A_rest")
 
 
+class NoPlan(Exception):
+    """A model that cannot be traced on fake tensors, and why. It may train all the same."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Peaks of one rank (the worst), in bytes: phase -> part -> bytes. A phase's peak is the sum of its parts."""
@@ -63,7 +67,7 @@ def plan(
     tokens, all of them labelled.
 
     dtype: of computation. ranks_of_a_node: for a DeepSpeed configuration that keeps a set of shards in each node.
-    Raises RecipeError for a model that cannot be built.
+    Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
     if batch is None:
         rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
@@ -225,12 +229,16 @@ def _trace(model: CausalLM, batch: Batch) -> dict[str, int]:
             name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
             for name, value in batch.model_inputs(torch.device("cpu")).items()
         }
-        with LiveTensors() as live:
-            loss = model(**inputs)
-            at_head = live.peak_bytes
-            live.peak_bytes = live.live_bytes
-            loss.backward()
-            in_backward = live.peak_bytes
+        try:
+            with LiveTensors() as live:
+                loss = model(**inputs)
+                at_head = live.peak_bytes
+                live.peak_bytes = live.live_bytes
+                loss.backward()
+                in_backward = live.peak_bytes
+        except Exception as error:  # of another architecture's code, which may want to see a value
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NoPlan(f"{type(model.model).__name__} cannot be traced without memory ({reason})") from error
     return {"peak_at_head": at_head, "peak_in_backward": in_backward}
 
 

@@ -11,6 +11,7 @@ import torch
 from lorasp import memory, run
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
+from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.models.weights import load_config, locate_model
 from lorasp.planning import as_method, excess, plan, plans_that_fit
@@ -121,6 +122,18 @@ def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_read(check, offload
     else:
         told = run.plan_memory(*arguments, warn=warned.append)
         assert told.highest > GIB and len(warned) == 1
+
+
+def test_a_model_that_cannot_be_traced_trains_without_a_plan(monkeypatch):
+    def look(self, **inputs):
+        return inputs["input_ids"].sum().item()
+
+    monkeypatch.setattr(CausalLM, "forward", look)
+    settings, warned = recipe(), []
+    ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    directory = locate_model(settings.model)
+    assert run.plan_memory(settings, directory, ranks, torch.float32, BATCH, warn=warned.append) is None
+    assert "LlamaForCausalLM cannot be traced without memory" in warned[0]
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine():
