@@ -165,11 +165,12 @@ def rows_of(markdown: str, first_cell: str) -> list[list[str]]:
 
 
 def test_the_markdown_report_shows_results_and_both_ranks_peaks():
-    text = render_markdown(two_rank_report())
+    planned = {"train": {"base_shard": 500 * MIB, "activations": 12 * MIB}}
+    text = render_markdown(two_rank_report() | {"planned": planned})
     assert text.startswith("# quickstart: held-out exact match 2.0 % → 81.0 %, held-out loss 3.021 → 0.214\n")
     # 742 MiB = 0.725 GiB above the baseline of 400 MiB = 0.391 GiB
     peaks, parts = rows_of(text, "train")[:2], rows_of(text, "train")[2:]
-    assert peaks[0][:6] == ["train", "0", "288.4", "0.725", "1.115", "0.391"]
+    assert peaks[0][:6] == ["train", "0", "288.4", "0.725", "0.500", "1.115"]
     assert peaks[1][1:4] == ["1", "287.4", "0.735"]
     # 742 − 38 − 5 − 5 − 15 MiB
     assert parts[0] == ["train", "0", "38.0", "5.0", "5.0", "15.0", "679.0", "742.0"]
