@@ -220,7 +220,7 @@ def test_ci_runs_the_readmes_own_test_command():
 
 def test_the_command_for_two_machines_trains_on_two_launchers_of_one(place, tmp_path):
     """The README's command as it stands but for the host, the port, the ranks and the recipe, typed on both."""
-    [command] = re.findall(r"```\n(accelerate launch .*?FIRST_HOST.*?)\n```", README, re.DOTALL)
+    [command] = re.findall(r"```\n(accelerate launch [^`]*?FIRST_HOST[^`]*?)\n```", README)
     command = command.replace("\\\n", " ").replace("FIRST_HOST", "127.0.0.1").replace("29500", str(free_port()))
     command = command.replace("--num_processes 16", "--num_processes 2")
     command = command.replace("recipes/llama13b_alpaca.yaml", f"{place}/tiny.yaml name=machines")
