@@ -48,20 +48,20 @@ def test_memory_counters_see_an_allocation_and_its_end():
 
 
 def test_a_kernel_that_is_one_percent_off_fails(monkeypatch):
-    right = lorasp.quantization.bnb.dequantize_4bit
-    monkeypatch.setattr(lorasp.quantization.bnb, "dequantize_4bit", lambda *given: right(*given) * 1.01)
+    right = lorasp.quantization._bnb().dequantize_4bit
+    monkeypatch.setattr(lorasp.quantization._bnb(), "dequantize_4bit", lambda *given: right(*given) * 1.01)
     with pytest.raises(CheckFailed, match=r"nf4 dequantized on cpu, against the table: differs by 1.0e-02"):
         selftest.check_4bit("nf4", CPU)
 
 
 def test_a_kernel_with_the_other_order_of_halves_fails(monkeypatch):
-    right = lorasp.quantization.bnb.quantize_4bit
+    right = lorasp.quantization._bnb().quantize_4bit
 
     def swapped(*given, **named):
         codes, state = right(*given, **named)
         return codes << 4 | codes >> 4, state
 
-    monkeypatch.setattr(lorasp.quantization.bnb, "quantize_4bit", swapped)
+    monkeypatch.setattr(lorasp.quantization._bnb(), "quantize_4bit", swapped)
     with pytest.raises(CheckFailed, match="of the nf4 codes on cpu are not the nearest value"):
         selftest.check_4bit("nf4", CPU)
 
