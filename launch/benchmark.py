@@ -43,7 +43,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1] if not
 _LIVE = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from lorasp.memory import LiveTensors
+from lorasp.live_tensors import LiveTensors
 out, sys.argv = sys.argv[1], sys.argv[2:]
 live = LiveTensors()
 try:

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
 from lorasp.cli import argument_parser, refuse_several_processes, run_reporting_errors
-from lorasp.recipe import RecipeError, load_recipe
+from lorasp.recipe import RecipeError
+from lorasp.recipe_loading import load_recipe
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SWEPT = (1, 2, 4, 8, 16)

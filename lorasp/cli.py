@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from lorasp.recipe import Recipe, RecipeError, load_recipe
+from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe_loading import load_recipe
 
 BAD_INPUT = 2
 STOPPED = 3

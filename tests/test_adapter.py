@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasp.adapter import AdaptedLinear, find_targets
-from lorasp.memory import LiveTensors
+from lorasp.live_tensors import LiveTensors
 from lorasp.recipe import Adapter, Quantization, RecipeError
 
 

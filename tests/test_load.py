@@ -4,7 +4,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from lorasp.data.load import load_data
-from lorasp.recipe import Recipe, RecipeError, load_recipe
+from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe_loading import load_recipe
 from tests.tiny_models import byte_tokenizer
 
 

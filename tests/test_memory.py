@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from lorasp import memory
-from lorasp.memory import LiveTensors, MemoryMeter, breakdown, gib
+from lorasp.live_tensors import LiveTensors
+from lorasp.memory import MemoryMeter, breakdown, gib
 
 MB = 1_000_000
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")

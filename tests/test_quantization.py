@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from lorasp.memory import LiveTensors
+from lorasp.live_tensors import LiveTensors
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Quantization
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lorasp.recipe import Data, Model, Recipe, RecipeError, Selection, load_recipe
+from lorasp.recipe import Data, Model, Recipe, RecipeError, Selection
 from lorasp.recipe_deepspeed import check_deepspeed_config, shard_group_size
+from lorasp.recipe_loading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -58,7 +59,7 @@ def test_commented_settings_of_shipped_recipes_are_the_defaults(path: Path, tmp_
 
 def test_loading_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from lorasp.recipe import load_recipe; load_recipe(sys.argv[1]);"
+        "import sys; from lorasp.recipe_loading import load_recipe; load_recipe(sys.argv[1]);"
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, SHIPPED[0]], capture_output=True, text=True, cwd=ROOT)

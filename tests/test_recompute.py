@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, Qwen3Config
 
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
-from lorasp.memory import LiveTensors
+from lorasp.live_tensors import LiveTensors
 from lorasp.models.recompute import kept_bytes_per_token, set_recomputation
 from lorasp.quantization import ShardedLinear
 from tests.test_models import FAMILIES, build

@@ -40,7 +40,7 @@ def convert_demo_model(cache_dir: Path | None = None) -> Path:
                 partial = target.with_name(f"{target.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)  # a killed process's; under the lock it is no one else's
                 _convert(gguf, partial)
-                _flush_to_disk(partial)
+                flush_to_disk(partial)
                 partial.rename(target)
     except OSError as error:
         raise RecipeError(
@@ -85,7 +85,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _flush_to_disk(directory: Path) -> None:
+def flush_to_disk(directory: Path) -> None:
+    """Its files, and that they are in it: a rename then makes the whole of it appear, whatever happens."""
     for path in [*directory.iterdir(), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

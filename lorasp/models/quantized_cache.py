@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorasp.models.demo import cache_directory
+from lorasp.models.demo import cache_directory, flush_to_disk
 from lorasp.models.weights import Checkpoint, digest_of
 from lorasp.recipe import Quantization, RecipeError
 
@@ -80,10 +80,7 @@ class QuantizedCache:
         stored = {name: digest for name, digest in read.items() if name in self._tensors}  # X.weight is in both
         try:
             (self._partial / _MANIFEST).write_text(json.dumps({"tensors": self._tensors, "stored": stored}))
-            for path in [*self._partial.iterdir(), self._partial]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            flush_to_disk(self._partial)
             if self.found() is None:  # else another run was faster
                 shutil.rmtree(self.path, ignore_errors=True)
                 self._partial.rename(self.path)

@@ -23,7 +23,8 @@ from lorasp.cli import BAD_INPUT, STOPPED, recipe_from_command_line, run_reporti
 from lorasp.data.load import load_data
 from lorasp.models.build import build_on_meta
 from lorasp.models.weights import Checkpoint, load_config, load_tokenizer
-from lorasp.recipe import Recipe, RecipeError, load_recipe
+from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe_loading import load_recipe
 from lorasp.run import claim_run_directory, compute_dtype, load_model
 from lorasp.zero.launch import check_zero_settings
 from tests.distributed.commands import TRAIN, Done, accelerate_on_two, python, run, torchrun_on_two

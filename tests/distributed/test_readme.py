@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from lorasp.models.demo import convert_demo_model
-from lorasp.recipe import load_recipe
+from lorasp.recipe_loading import load_recipe
 from tests.distributed.commands import free_port
 from tests.distributed.launching import ROOT
 

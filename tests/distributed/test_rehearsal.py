@@ -48,7 +48,7 @@ _COUNTED = """
 import json, os, runpy, sys
 sys.path.insert(0, os.getcwd())
 import lorasp.rehearsal, lorasp.trainer
-from lorasp.memory import LiveTensors
+from lorasp.live_tensors import LiveTensors
 
 # Peak of the tensors that each optimizer step makes, those of the gathers among them.
 step, peaks = lorasp.trainer.train_step, {{"rehearsed": [], "trained": []}}

@@ -17,7 +17,7 @@ from lorasp.adapter import model_selection_digest
 from lorasp.data.batches import collate, training_batches
 from lorasp.data.examples import Example
 from lorasp.data.order import SampleOrder
-from lorasp.memory import LiveTensors
+from lorasp.live_tensors import LiveTensors
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe
 from lorasp.run import compute_dtype, load_model
