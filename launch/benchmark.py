@@ -52,8 +52,8 @@ try:
 finally:
     open(out + os.environ["RANK"], "w").write(str(live.peak_bytes))
 """
-# With --returning, for both sides alike: glibc then keeps little of what was freed, and both take longer.
-_RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+# What host_memory.py sets for ours, for both sides alike: they hold less, and take no longer.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20), "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="examples, or full rows, a rank a step")
     parser.add_argument("--length", type=int, default=256, help="tokens at which an example ends, and of a full row")
     parser.add_argument("--live", action="store_true", help="one more turn each, which counts the bytes of tensors")
-    parser.add_argument("--returning", action="store_true", help="makes the C allocator give freed memory back")
     options = parser.parse_args()
     from importlib import util
 
@@ -132,8 +131,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self._options, self._directory = options, directory
-        environment = {**os.environ, **(_RETURNING if options.returning else {})}
-        self._environment = environment | {"OMP_NUM_THREADS": str(options.threads)}
+        self._environment = {**os.environ, **_MALLOC, "OMP_NUM_THREADS": str(options.threads)}
         self.empty = 1024 * int(self._output([sys.executable, "-c", _EMPTY]).split()[-1])  # DeepSpeed talks, too
         (directory / "live.py").write_text(_LIVE)
 

@@ -51,7 +51,7 @@ def main() -> int:
     config = load_config(locate_model(recipe.model, weights=False), recipe.model)
     asked = recipe.model.dtype
     dtype = getattr(torch, asked) if asked != "auto" else torch.float32 if options.cpu else torch.bfloat16
-    how = {"world_size": options.world_size, "dtype": dtype}
+    how = {"world_size": options.world_size, "dtype": dtype, "device": "cpu" if options.cpu else "cuda"}
     methods = dict.fromkeys((recipe.method, "lorasp", "lora", "full"))
     try:
         plans = {method: plan(as_method(recipe, method), config, **how) for method in methods}
@@ -65,7 +65,7 @@ def main() -> int:
         swept = {}
         for length in lengths:
             longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
-            swept[length] = {n: plan(longer, config, world_size=n, dtype=dtype) for n in _SWEPT}
+            swept[length] = {n: plan(longer, config, **how | {"world_size": n}) for n in _SWEPT}
         print(f"\n{format_sweep(swept)}")
         draw_sweep({n: {ranks: its.highest for ranks, its in of.items()} for n, of in swept.items()}, picture)
         print(f"\ndrawn: {picture}")

@@ -146,7 +146,7 @@ def main() -> int:
                 training,
                 device=ranks.device,
                 world_size=ranks.world_size,
-                on_step=log.hold_memory_steady,
+                on_step=log.stepped,
                 on_log=log.trained,
                 every=[(training.evaluate_every, evaluate), (training.save_every, save)],
             )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from lorasp.host_memory import map_large_blocks_apart
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.recipe_loading import load_recipe
 
@@ -53,6 +54,7 @@ def run_reporting_errors(main: Callable[[], int]) -> int:
 
     Ctrl-C ends it without a word.
     """
+    map_large_blocks_apart()
     try:
         return main()
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ different things: a CPU rank's counts the interpreter, the libraries and what th
 Never `ru_maxrss`: it survives exec, so a child would report its parent's peak.
 """
 
-import ctypes
 import re
 import threading
 import time
@@ -17,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from lorasp.host_memory import return_freed_memory
 
 GATHERED_AT_ONCE = 16_000_000  # elements a rank, when trained values are read to be saved
 WORKSPACE = "workspace"
@@ -60,7 +61,7 @@ class PhasePeak:
 
 
 class MemoryMeter:
-    """Peaks by phase of this process on `device`. Make it first: what is held then is the baseline.
+    """Peaks by phase of this process on `device`. What is held when the first phase begins is the baseline.
 
     Phases may nest (an evaluation within training): the inner one suspends the outer one, so each second and each peak
     belongs to one phase only. A phase entered again keeps its greatest peak and adds up its seconds. Seconds are wall
@@ -70,16 +71,17 @@ class MemoryMeter:
     def __init__(self, device: torch.device | str):
         self._probe = _probe(torch.device(device))
         self.source = self._probe.source
-        return_freed_memory()  # not to be given back within a phase, whose peak would then lie below the baseline
-        self.baseline_bytes = self._probe.now()
+        self.baseline_bytes: int | None = None
         self.peaks: dict[str, PhasePeak] = {}
-        self._steady = _SteadyHeap()
         self._open: list[str] = []
         self._started = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure what runs within as `name`; it is recorded when an exception passes as well."""
+        if self.baseline_bytes is None:
+            return_freed_memory()  # given back within a phase, it would have its peak lie below the baseline
+            self.baseline_bytes = self._probe.now()
         if self._open:
             self._record()
         self._open.append(name)
@@ -93,13 +95,15 @@ class MemoryMeter:
                 self._start()
 
     def now_bytes(self) -> int:
-        """Bytes held now above the baseline (not below 0)."""
-        return max(0, self._probe.now() - self.baseline_bytes)
+        """Bytes held now above the baseline (not below 0); 0 before the first phase."""
+        return 0 if self.baseline_bytes is None else max(0, self._probe.now() - self.baseline_bytes)
 
-    def hold_steady(self) -> None:
-        """To be called after each step of a loop: keeps what is held then from growing, see `_SteadyHeap`."""
-        if self._steady.is_torn(self.now_bytes()):
-            return_freed_memory()
+    def settle(self) -> None:
+        """To be called after each step of a loop: what one freed is not kept where the next one may not fit into it.
+
+        On a CPU; CUDA's allocator finds an equal block again.
+        """
+        self._probe.settle()
 
     def peak_so_far_bytes(self) -> int:
         """Peak above the baseline of the phase that is open, up to now; 0 outside any phase."""
@@ -155,43 +159,6 @@ def free_bytes(device: torch.device, processes: int) -> int:
     return free // processes
 
 
-class _SteadyHeap:
-    """Tells when a heap is so torn that it should be given back, from what is held after each step.
-
-    glibc's grows by a tenth in twenty steps that all need the same, as blocks come to lie between blocks. Giving it
-    back costs the next step its page faults, some 5 % of it: so only where 3 % more is held than the first steps left,
-    and not at each step where later ones need that much.
-    """
-
-    _SETTLES = 5  # steps
-    _TOLERANCE = 1.03
-    _RESTS = 3  # steps
-
-    def __init__(self) -> None:
-        self._level = 0
-        self._steps = 0
-        self._torn_at = 0
-
-    def is_torn(self, held_bytes: int) -> bool:
-        self._steps += 1
-        if self._steps <= self._SETTLES:
-            self._level = max(self._level, held_bytes)
-            return False
-        torn = held_bytes > self._TOLERANCE * self._level and self._steps - self._torn_at >= self._RESTS
-        self._torn_at = self._steps if torn else self._torn_at
-        return torn
-
-
-def return_freed_memory() -> None:
-    """Gives the system what glibc keeps of what this process freed, between blocks in use as well; elsewhere nothing.
-
-    Some milliseconds. It keeps large amounts after much came and went: three times the shards of a model, once loaded.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def breakdown(peak_bytes: int, counted: Mapping[str, int]) -> dict[str, int]:
     """The parts of a peak: what was counted, in its order, then `workspace`, the remainder. They add up to the peak.
 
@@ -214,7 +181,8 @@ def _greater(a: int | None, b: int | None) -> int | None:
 
 
 # ---- Where the numbers come from. A probe has: source; now(), bytes held; start(), which forgets the peak so far;
-# peak(), bytes since start(); stop(), the same and no more measuring; details(), further fields of PhasePeak.
+# peak(), bytes since start(); stop(), the same and no more measuring; settle(), which gives back what was freed;
+# details(), further fields of PhasePeak.
 
 
 def _probe(device: torch.device) -> "_CudaAllocator | _HighWaterMark | _SampledHost":
@@ -257,6 +225,9 @@ class _CudaAllocator:
 
     stop = peak
 
+    def settle(self) -> None:
+        pass
+
     def details(self) -> dict[str, int]:
         return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}
 
@@ -279,6 +250,7 @@ class _HighWaterMark:
         return _host_status()["VmHWM"]
 
     stop = peak
+    settle = staticmethod(return_freed_memory)
 
     def details(self) -> dict[str, int]:
         return _host_details()
@@ -286,6 +258,8 @@ class _HighWaterMark:
 
 class _SampledHost:
     """Resident bytes of this process, sampled by a thread while a phase is open: short spikes can be missed."""
+
+    settle = staticmethod(return_freed_memory)
 
     def __init__(self, read: Callable[[], int], what: str, details: Callable[[], dict[str, int]]):
         self.source = f"{what}, sampled every {_SAMPLE_SECONDS * 1000:.0f} ms: short spikes are missed"

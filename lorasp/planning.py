@@ -6,11 +6,13 @@ and backward on fake tensors, which have sizes and no memory; the difference is 
 no deepspeed and no bitsandbytes is needed, and no constant is fitted to a run.
 
 A plan counts tensors: not the CUDA context and NCCL's buffers on a GPU (0.5 to 1.5 GiB outside torch's allocator), nor
-what an allocator keeps of what was freed.
+what an allocator keeps of what was freed; and those on the rank's device: what is offloaded from a GPU is the host's.
 """
 
+import contextlib
 import copy
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch, collate
@@ -29,7 +32,7 @@ from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import set_recomputation
 from lorasp.quantization import ShardedLinear
-from lorasp.recipe import Recipe
+from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import shard_group_size
 
 _ADAPTER = ("A", "B", "A_rest")
@@ -61,25 +64,33 @@ def plan(
     *,
     world_size: int,
     dtype: torch.dtype,
+    device: str = "cuda",
     batch: Batch | None = None,
     ranks_of_a_node: int = 8,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
     tokens, all of them labelled.
 
-    dtype: of computation. ranks_of_a_node: for a DeepSpeed configuration that keeps a set of shards in each node.
+    dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
+    DeepSpeed configuration that keeps a set of shards in each node.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
     if batch is None:
         rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
         batch = collate(rows, range(len(rows)))
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
-    one, two = (_measure(recipe, _with_layers(config, n), world_size, group, dtype, batch) for n in (1, 2))
+    activations_away = device != "cpu" and recipe.training.offload_activations
+    shards_away = device != "cpu" and _offloads_shards(recipe)
+    how = (world_size, group, dtype, batch, activations_away)
+    one, two = (_measure(recipe, _with_layers(config, n), *how) for n in (1, 2))
     layers = config.get_text_config().num_hidden_layers
     found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
+    if shards_away:
+        found["base_shard"] = found["adapters"] = 0
     # Nothing is gathered where a rank's shard is the whole.
-    layer = 0 if world_size == 1 else two["stored"] - one["stored"]
-    head = 0 if world_size == 1 else one["head"]
+    is_whole = world_size == 1 and not shards_away
+    layer = 0 if is_whole else two["stored"] - one["stored"]
+    head = 0 if is_whole else one["head"]
     held = {part: found[part] for part in ("base_shard", "adapters", "masks", "buffers", "gradients")}
     trained = {**held, "optimizer": 3 * found["masters"] + 4}
     # The head's weight is whole while the last layer is gathered for its backward; then layer by layer, the next one
@@ -113,29 +124,63 @@ def as_method(recipe: Recipe, method: str) -> Recipe:
     return Recipe(**tree)
 
 
-# From the fastest: what is computed again, and then what is moved.
-_POLICIES = ("selective", "lean", "layer")
+# From the fastest: what is gathered within a node, or over all, or comes from the host; what is computed again, and
+# then what is moved.
+_CONFIGS = ("zero3_hpz.json", "zero3.json", "zero3_offload.json")
+_POLICIES = (("selective", False), ("lean", False), ("layer", False), ("lean", True))
 
 
 def plans_that_fit(
-    recipe: Recipe, config: PreTrainedConfig, *, world_size: int, dtype: torch.dtype, limit_bytes: int
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    *,
+    world_size: int,
+    dtype: torch.dtype,
+    limit_bytes: int,
+    device: str = "cuda",
+    ranks_of_a_node: int = 8,
 ) -> Iterator[tuple[list[str], Plan]]:
     """(overrides of the recipe, their plan) of what stays within `limit_bytes` a rank, the fastest first.
 
-    Of each activation policy the largest micro batch that fits, up to twice the recipe's.
+    Of each shard group, activation policy and offload the largest micro batch that fits, up to twice the recipe's.
     """
     training = recipe.training
     sizes = [size for size in range(2 * training.micro_batch_size, 0, -1) if _divides(recipe, size, world_size)]
-    for policy in _POLICIES:
-        for size in sizes:
-            settings = {"activation_checkpointing": policy, "micro_batch_size": size}
-            if policy == "layer" and training.offload_activations:
-                settings["offload_activations"] = False  # it keeps its inputs where they cannot be moved
-            tried = recipe.model_copy(update={"training": training.model_copy(update=settings)})
-            found = plan(tried, config, world_size=world_size, dtype=dtype)
-            if found.highest <= limit_bytes:
-                yield [f"training.{key}={str(value).lower()}" for key, value in settings.items()], found
-                break
+    how = {"world_size": world_size, "dtype": dtype, "device": device, "ranks_of_a_node": ranks_of_a_node}
+    for path in _configurations(recipe, world_size, device, ranks_of_a_node):
+        elsewhere = recipe.deepspeed.model_copy(update={"config": path})
+        for policy, away in _POLICIES[: 3 if device == "cpu" else None]:
+            found: dict[int, tuple[dict[str, Any], Plan]] = {}
+
+            def fits(size: int, policy=policy, away=away, elsewhere=elsewhere, found=found) -> bool:
+                settings = {"activation_checkpointing": policy, "micro_batch_size": size}
+                if away != training.offload_activations:
+                    settings["offload_activations"] = away
+                tried = {"training": training.model_copy(update=settings), "deepspeed": elsewhere}
+                found[size] = settings, plan(recipe.model_copy(update=tried), config, **how)
+                return found[size][1].highest <= limit_bytes
+
+            # What a larger micro batch needs is more.
+            first = bisect_left(sizes, True, key=fits)
+            if first < len(sizes):
+                settings, its_plan = found[sizes[first]]
+                overrides = [f"training.{key}={str(value).lower()}" for key, value in settings.items()]
+                if path != recipe.deepspeed.config:
+                    overrides.append(f"deepspeed.config={Path(path).name}")
+                yield overrides, its_plan
+
+
+def _configurations(recipe: Recipe, world_size: int, device: str, ranks_of_a_node: int) -> list[str]:
+    """DeepSpeed's files to try: the shipped ones where the recipe names one of them, else its own alone."""
+    own = Path(recipe.deepspeed.config)
+    if own.parent != DS_CONFIGS:
+        return [recipe.deepspeed.config]
+    useless = set()
+    if world_size <= ranks_of_a_node or world_size % ranks_of_a_node:
+        useless.add("zero3_hpz.json")
+    if device == "cpu":
+        useless.add("zero3_offload.json")
+    return [str(own.with_name(name)) for name in _CONFIGS if name not in useless]
 
 
 def _divides(recipe: Recipe, micro_batch_size: int, world_size: int) -> bool:
@@ -165,7 +210,13 @@ def excess(plan: Plan, free_bytes: int) -> str | None:
 
 
 def _measure(
-    recipe: Recipe, config: PreTrainedConfig, world_size: int, group: int, dtype: torch.dtype, batch: Batch
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    world_size: int,
+    group: int,
+    dtype: torch.dtype,
+    batch: Batch,
+    activations_away: bool,
 ) -> dict[str, int]:
     """Bytes (and `trained` entries) of a model with the layers of `config`; each of them grows by a layer's."""
     model = build_on_meta(config, recipe, dtype)
@@ -191,7 +242,7 @@ def _measure(
     found["head"] = _bytes(model.model.get_output_embeddings().weight)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
     found["largest_stored"] = _largest_stored(model)
-    return found | _trace(model, batch)
+    return found | _trace(model, batch, activations_away)
 
 
 def _bucket_elements(recipe: Recipe) -> int:
@@ -199,10 +250,8 @@ def _bucket_elements(recipe: Recipe) -> int:
     return int(_zero_settings(recipe).get("reduce_bucket_size", 5e8))  # DeepSpeed's default
 
 
-def offloads(recipe: Recipe) -> bool:
-    """Whether something waits in the host's memory, which a plan does not tell apart."""
-    settings = (_zero_settings(recipe).get(key, {}) for key in ("offload_param", "offload_optimizer"))
-    return recipe.training.offload_activations or any(its.get("device", "none") != "none" for its in settings)
+def _offloads_shards(recipe: Recipe) -> bool:
+    return _zero_settings(recipe).get("offload_param", {}).get("device", "none") != "none"
 
 
 def _zero_settings(recipe: Recipe) -> dict[str, Any]:
@@ -220,10 +269,11 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _trace(model: CausalLM, batch: Batch) -> dict[str, int]:
+def _trace(model: CausalLM, batch: Batch, activations_away: bool) -> dict[str, int]:
     """Most bytes of activations up to the end of the head's forward, and in backward."""
     model.train()
-    model.offload_activations = False  # fake tensors have one place to be
+    model.offload_activations = False
+    kept = saved_tensors_hooks(_leave, _return) if activations_away else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=False) as fakes:
         _make_fake(model)
         inputs = {
@@ -232,7 +282,8 @@ def _trace(model: CausalLM, batch: Batch) -> dict[str, int]:
         }
         try:
             with LiveTensors() as live:
-                loss = model(**inputs)
+                with kept:
+                    loss = model(**inputs)
                 at_head = live.peak_bytes
                 live.peak_bytes = live.live_bytes
                 loss.backward()
@@ -267,6 +318,15 @@ def _make_fake(model: nn.Module) -> None:
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
+
+
+def _leave(tensor: Tensor) -> Tensor:
+    """Fake tensors have one device to be on; a meta tensor stands for what waits in the host's memory."""
+    return tensor.to("meta")
+
+
+def _return(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 class _Dequantized:

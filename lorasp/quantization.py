@@ -172,8 +172,9 @@ class ShardedLinear(nn.Module):
         _replace(self, "codes", codes.view(-1))
         _replace(self, "scales", state.absmax)
         if self.quantization.double_quant:
-            _replace(self, "scale_scales", state.state2.absmax)
-            _replace(self, "scale_offset", state.offset)
+            # Of their own memory, as they stay whole: views would keep a memory-mapped file resident.
+            _replace(self, "scale_scales", state.state2.absmax.clone())
+            _replace(self, "scale_offset", state.offset.clone())
 
     def dense_weight(self) -> Tensor:
         """W, [out, in] in the compute dtype: the parameter itself, or codes dequantized into new memory."""

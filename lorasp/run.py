@@ -27,7 +27,7 @@ from lorasp.models.quantized_cache import WORTH_KEEPING, QuantizedCache, digests
 from lorasp.models.random_weights import RandomWeights
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, load_tokenizer, locate_model, open_weights
-from lorasp.planning import NoPlan, Plan, excess, offloads, plan
+from lorasp.planning import NoPlan, Plan, excess, plan
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.zero.engine import Engine
@@ -118,18 +118,17 @@ def plan_memory(
     """The run's plan, for micro batches as large as `batch`. Raises RecipeError for one that cannot fit.
 
     None for a model that cannot be planned, told through `warn`.
-
-    What is offloaded to the host is planned as if it stayed: such a run is only warned of.
     """
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    how = {"world_size": ranks.world_size, "dtype": dtype, "batch": batch, "ranks_of_a_node": of_node}
+    how = {"world_size": ranks.world_size, "dtype": dtype, "device": ranks.device.type}
+    how |= {"batch": batch, "ranks_of_a_node": of_node}
     try:
         planned = plan(recipe, load_config(directory, recipe.model), **how)
     except NoPlan as reason:
         warn(f"memory: there is no plan, {reason}")
         return None
     too_much = excess(planned, free_bytes(ranks.device, of_node))
-    if too_much and recipe.memory.check == "refuse" and not offloads(recipe):
+    if too_much and recipe.memory.check == "refuse":
         raise RecipeError(too_much)
     if too_much:
         warn(too_much)

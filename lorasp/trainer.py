@@ -63,11 +63,12 @@ def train(
     *,
     device: torch.device,
     world_size: int,
-    on_step: Callable[[], None],
+    on_step: Callable[[int], None],
     on_log: Callable[[LogPoint], None],
     every: Iterable[tuple[int | None, Callable[[int], None]]],
 ) -> None:
-    """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called; `on_step` comes last.
+    """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called; `on_step` and `on_log`
+    come before that.
 
     The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
     divided by their number N. Raises NonFiniteLoss on all ranks at the same step. What is called of `every`, and the
@@ -91,6 +92,7 @@ def train(
         labels += current.label_count
 
         step = current.step + 1
+        on_step(step)
         # After the last step the caller does all of it anyway.
         due = [action for interval, action in every if interval and step % interval == 0 and step < total_steps]
         if step % training.log_every == 0 or step == total_steps or due:
@@ -118,7 +120,6 @@ def train(
                 action(step)
                 engine.train_mode(True)
             since = time.perf_counter()
-        on_step()
 
 
 def _timed(steps: Iterable[TrainingStep], timer: PartTimer) -> Iterator[TrainingStep]:

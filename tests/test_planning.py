@@ -28,10 +28,9 @@ def recipe(path="llama-7b", length=256, micro=2, **sections):
     return Recipe(model={"path": path, "weights": "random"}, data=data, training=training, **sections)
 
 
-def planned(settings, world_size=1, dtype=torch.bfloat16):
-    return plan(
-        settings, load_config(locate_model(settings.model), settings.model), world_size=world_size, dtype=dtype
-    )
+def planned(settings, world_size=1, dtype=torch.bfloat16, **how):
+    config = load_config(locate_model(settings.model), settings.model)
+    return plan(settings, config, world_size=world_size, dtype=dtype, **how)
 
 
 def test_the_base_of_a_7b_is_cut_over_the_ranks():
@@ -84,12 +83,17 @@ def test_dropout_and_other_families_are_traced_too():
 
 
 def test_what_fits_is_found_and_the_fastest_comes_first():
-    settings = recipe(length=1024, micro=4)
+    settings = recipe(length=2048)
     config = load_config(locate_model(settings.model), settings.model)
     how = {"world_size": 2, "dtype": torch.bfloat16}
     limit = 12 * GIB
     found = list(plans_that_fit(settings, config, limit_bytes=limit, **how))
     assert all(its.highest <= limit for _, its in found)
+    # Nothing needs to move to the host: what does comes last.
+    moved = ["deepspeed.config=zero3_offload.json" in words for words, _ in found]
+    assert moved == sorted(moved) and any(moved)
+    assert ["training.offload_activations=true" in words for words, _ in found[:4]] == [False] * 3 + [True]
+    found = found[:3]
     sizes = {words[0].partition("=")[2]: int(words[1].partition("=")[2]) for words, _ in found}
     assert list(sizes) == ["selective", "lean", "layer"] and sizes["selective"] < sizes["layer"]
     # The next larger micro batch of the first does not fit.
@@ -97,7 +101,35 @@ def test_what_fits_is_found_and_the_fastest_comes_first():
         update={"activation_checkpointing": "selective", "micro_batch_size": 2 * sizes["selective"]}
     )
     assert plan(settings.model_copy(update={"training": more}), config, **how).highest > limit
-    assert not list(plans_that_fit(settings, config, limit_bytes=GIB, **how))
+
+
+def test_what_fits_only_with_shards_in_the_hosts_memory():
+    """Little more than one layer is needed then, and `selective` on 256 tokens is the first to fit."""
+    settings = recipe(micro=1, training={"global_batch_size": 2})
+    config = load_config(locate_model(settings.model), settings.model)
+    how = {"world_size": 2, "dtype": torch.bfloat16, "limit_bytes": 2 * GIB}
+    words, its = next(plans_that_fit(settings, config, **how))
+    assert words[-1] == "deepspeed.config=zero3_offload.json" and its.phases["train"]["base_shard"] == 0
+    assert not list(plans_that_fit(settings, config, device="cpu", **how))
+
+
+def test_sets_of_shards_in_each_node_are_tried_first_where_there_are_several_nodes():
+    settings = recipe(length=256, micro=1, training={"global_batch_size": 16})
+    config = load_config(locate_model(settings.model), settings.model)
+    how = {"world_size": 16, "dtype": torch.bfloat16, "limit_bytes": 80 * GIB}
+    words, grouped = next(plans_that_fit(settings, config, **how))
+    assert words[-1] == "deepspeed.config=zero3_hpz.json"
+    plain = planned(settings, 16)
+    assert grouped.phases["train"]["base_shard"] > 2.9 * plain.phases["train"]["base_shard"]  # 1/16 + 1/8 against 1/16
+
+
+def test_kept_activations_that_wait_on_the_host_are_not_on_the_gpu():
+    """Of 32 layers what `lean` keeps is the host's; the head's and one layer's own remain."""
+    settings = recipe(length=1024, micro=4, training={"activation_checkpointing": "lean"})
+    away = recipe(length=1024, micro=4, training={"activation_checkpointing": "lean", "offload_activations": True})
+    here, gone, on_cpu = planned(settings, 2), planned(away, 2), planned(away, 2, device="cpu")
+    assert gone.phases["train"]["activations"] < here.phases["train"]["activations"] / 4
+    assert on_cpu.phases == here.phases
 
 
 def test_too_little_memory_is_told_with_what_takes_it():
@@ -110,13 +142,12 @@ def test_too_little_memory_is_told_with_what_takes_it():
 
 
 @pytest.mark.parametrize("check", ["refuse", "warn"])
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_read(check, offload, monkeypatch, tmp_path):
-    settings = recipe(training={"offload_activations": offload}, memory={"check": check})
+def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_read(check, monkeypatch, tmp_path):
+    settings = recipe(memory={"check": check})
     monkeypatch.setattr(run, "free_bytes", lambda device, processes: GIB)
     ranks, warned = SimpleNamespace(world_size=2, device=torch.device("cpu")), []
     arguments = (settings, locate_model(settings.model), ranks, torch.float32, BATCH)
-    if check == "refuse" and not offload:
+    if check == "refuse":
         with pytest.raises(RecipeError, match="has 1.000 GiB free"):
             run.plan_memory(*arguments, warn=warned.append)
     else:

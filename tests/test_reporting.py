@@ -547,7 +547,8 @@ def test_a_run_on_two_ranks_leaves_pictures_curves_and_the_timeline_of_both(tiny
         for name, phase in report["phases"].items():
             seen = [peak for place, peak in zip(rank["phase"], rank["peak_bytes"], strict=True) if place == name]
             # The last measurement of a phase is taken just before its end: a few pages may come after it.
-            assert 0 <= phase["ranks"][rank["rank"]]["peak_bytes"] - max(seen) < MIB
+            # The kernel sums its counters in batches: read a moment later, a peak can be some pages lower.
+            assert abs(phase["ranks"][rank["rank"]]["peak_bytes"] - max(seen)) < MIB
 
     text = (run_dir / "report.md").read_text()
     for name in ("loss", "memory", "memory_parts", "throughput"):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorasp.adapter import AdaptedLinear, find_targets
-from lorasp.memory import return_freed_memory
+from lorasp.host_memory import return_freed_memory
 from lorasp.models.attention import ATTENTION
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.weights import Checkpoint

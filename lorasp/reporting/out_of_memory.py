@@ -73,7 +73,7 @@ def _advice(phase: str, task: str | None, recipe: Recipe) -> Iterator[str]:
             yield f"evaluation.max_new_tokens={evaluation.max_new_tokens // 2} (now {evaluation.max_new_tokens})"
     elif phase.endswith("evaluate") and evaluation.micro_batch_size > 1:
         yield f"evaluation.micro_batch_size={evaluation.micro_batch_size // 2} (now {evaluation.micro_batch_size})"
-    if phase.endswith("train"):
+    if "train" in phase:
         leaner = _LEANER.get(training.activation_checkpointing)
         if leaner is not None:
             yield (

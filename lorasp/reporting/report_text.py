@@ -172,6 +172,13 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
         pictures.get("memory", ""),
         _table(header, rows, "l" + "r" * (len(header) - 1)),
     ]
+    if drift := report.get("drift"):
+        told = "; ".join(
+            f"rank {its['rank']} {its['most_bytes'] / its['held_bytes'] - 1:+.1%} (step {its['most_at_step']}, "
+            f"{gib(its['most_bytes'])} GiB)"
+            for its in drift
+        )
+        parts.append(f"Held between steps, most after step {drift[0]['from_step']} against then: {told}.")
 
     names = list(dict.fromkeys(part for _, rank in ranks for part in rank["breakdown"]))
     for last in (WORKSPACE, NOT_RESIDENT):  # at the end also where the first phase has fewer parts than the others

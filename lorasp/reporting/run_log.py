@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.planning import Plan
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
+from lorasp.reporting.drift import drift
 from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
 from lorasp.reporting.report_text import format_peaks
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
@@ -25,6 +26,8 @@ from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
 from lorasp.trainer import LogPoint, NonFiniteLoss
 from lorasp.zero.launch import Ranks
+
+FIRST_STEP = "train_first_step"
 
 
 class RunLog:
@@ -46,12 +49,13 @@ class RunLog:
         self._metrics: dict[str, float] = {}
         self._history: list[dict[str, float]] = []
         self._parts: list[tuple[dict[str, float], ...]] = []  # of each rank, at each log point
+        self._held_now: list[tuple[int, ...]] = []  # by each rank, at each log point
         self._scores: list[dict[str, float]] = []
         self._progress = None
 
     def planned(self, plan: Plan) -> None:
         """Tells the plan, and keeps it for the report, beside what will be measured."""
-        self._planned = plan.phases
+        self._planned = {**plan.phases, FIRST_STEP: plan.phases["train"]}
         peaks = ", ".join(f"{phase} {gib(plan.peak(phase))}" for phase in plan.phases)
         self.console.info(f"planned peak of a rank's tensors (GiB): {peaks}")
 
@@ -126,17 +130,21 @@ class RunLog:
 
     @contextmanager
     def training(self, steps: int, flops: TrainingFlops, product_limit: float) -> Iterator[None]:
-        """The train phase, with a progress bar. Collective.
+        """The train phase, with a progress bar; its first step is a phase of its own. Collective.
 
         flops: what the model needs; product_limit: this rank's FLOP/s in matrix products.
         """
         self._flops, self._product_limit = flops, sum(self._ranks.gather(product_limit))
         with self.phase("train"), self.console.progress(steps, "step") as self._progress:
-            yield
+            with ExitStack() as self._first_step:
+                self._first_step.enter_context(self.phase(FIRST_STEP))
+                yield
 
-    def hold_memory_steady(self) -> None:
-        """To be called after each training step: what this rank holds does not grow from step to step."""
-        self._meter.hold_steady()
+    def stepped(self, step: int) -> None:
+        """To be called after each training step, before it is logged."""
+        self._meter.settle()
+        if step == 1:
+            self._first_step.close()
 
     def trained(self, point: LogPoint) -> None:
         """A log point of the training loop. Collective."""
@@ -146,6 +154,7 @@ class RunLog:
             (self._timeline["peak_bytes"][-1], self._timeline["now_bytes"][-1], row.pop("part_seconds"))
         )
         peaks, now, parts = zip(*of_ranks, strict=True)
+        self._held_now.append(now)
         row["mfu"] = self._flops.mfu(point.real_tokens_per_second, point.labels_per_second, self._product_limit)
         self._trackers.scalars(
             point.step,
@@ -201,6 +210,14 @@ class RunLog:
         self._trackers.close()
         if not self._ranks.is_main:
             return
+        drifts = drift([row["step"] for row in self._history], self._held_now)
+        for its in drifts:
+            if its.is_growing:
+                self.console.warn(
+                    f"rank {its.rank} held {its.share:.1%} more after step {its.most_at_step} than after step "
+                    f"{its.from_step} ({gib(its.held_bytes)} -> {gib(its.most_bytes)} GiB above the baseline); a "
+                    f"longer run may hold more yet"
+                )
         report = build_report(
             recipe=self._recipe.to_dict(),
             world_size=self._ranks.world_size,
@@ -217,6 +234,7 @@ class RunLog:
             scores=self._scores,
             model_commit=model_commit,
             planned=self._planned,
+            drift=[asdict(its) for its in drifts],
         )
         path = write_report(self._run_dir, report)
         for sample in samples:

@@ -30,6 +30,7 @@ _ENVIRONMENT = (
     "MALLOC_ARENA_MAX",
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_TRIM_THRESHOLD_",
+    "THP_MEM_ALLOC_ENABLE",
     "LD_PRELOAD",
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
@@ -71,6 +72,7 @@ def build_report(
     versions: Mapping[str, Any] | None = None,
     model_commit: str | None = None,
     planned: Mapping[str, Mapping[str, int]] | None = None,
+    drift: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The report as plain data.
 
@@ -84,7 +86,8 @@ def build_report(
     `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and `exact_match` of each evaluation.
-    `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py).
+    `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py). `drift`:
+    of each rank, as reporting/drift.py has it; none of a run that was too short for any.
     `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
@@ -99,6 +102,7 @@ def build_report(
         "parameters": dict(parameters),
         "phases": by_phase(ranks),
         "planned": {phase: dict(parts) for phase, parts in (planned or {}).items()},
+        "drift": [dict(rank) for rank in drift],
         "throughput": dict(throughput),
         "metrics": dict(metrics),
         "data": dict(data),

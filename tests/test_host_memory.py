@@ -1,0 +1,76 @@
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GLIBC = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim") or not Path("/proc/self/status").exists(),
+    reason="needs Linux with glibc",
+)
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 1024  # KiB
+BEGIN = """
+import re
+def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def kib_printed(code: str, **environment: str) -> int:
+    """What `code`, run in a process of its own where nothing else frees, prints."""
+    free = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    command = [sys.executable, "-c", BEGIN + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=free | environment)
+    return int(done.stdout)
+
+
+@GLIBC
+def test_freed_memory_between_blocks_in_use_is_returned():
+    returned = kib_printed("""
+import torch; from lorasp.host_memory import return_freed_memory
+blocks = [torch.ones(16_384) for _ in range(1024)]  # 64 KiB each
+del blocks[::2]
+before = resident(); return_freed_memory(); print(before - resident())
+""")
+    assert 24 * MIB < returned < 40 * MIB  # of 32
+
+
+# Blocks of 3 MiB are in glibc's heap once a larger one was freed; the small ones keep it from shrinking.
+CHURN = """
+from lorasp.host_memory import map_large_blocks_apart
+if {mapped}: map_large_blocks_apart()
+import torch
+torch.ones(2**22)  # freed at once: glibc then has blocks of up to 16 MiB in its heap
+blocks = [torch.ones(size) for _ in range(40) for size in (3 * 2**18, 2**10)]
+before = resident()
+del blocks[::2]
+print(before - resident())
+"""
+
+
+@GLIBC
+def test_large_blocks_are_given_back_as_they_are_freed():
+    assert kib_printed(CHURN.format(mapped=True)) > 0.9 * 120 * MIB
+    assert kib_printed(CHURN.format(mapped=False)) < 0.1 * 120 * MIB
+
+
+@GLIBC
+def test_a_users_own_settings_of_malloc_stand():
+    own = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    assert kib_printed(CHURN.format(mapped=True), **own) < 0.1 * 120 * MIB
+
+
+def test_torch_is_asked_for_huge_pages_before_it_is_imported():
+    code = """
+import sys
+from lorasp.cli import run_reporting_errors
+def main():
+    import os
+    assert "torch" not in sys.modules
+    print(os.environ["THP_MEM_ALLOC_ENABLE"])
+    return 0
+run_reporting_errors(main)
+"""
+    assert kib_printed(code) == 1
