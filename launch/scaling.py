@@ -2,10 +2,12 @@
 
 python launch/scaling.py
 python launch/scaling.py --ranks 1 2 4 --steps 5
+python launch/scaling.py --memory
 
 Runs launch/train.py on random weights of SmolLM2-135M's width, one setting varied at a time, fits the linear cost
 model of lorasp/costs.py to what was measured, and shows what it says of each run when that run is left out. Below it,
 calculated and not measured: a step of LLaMA-13B on 8 to 64 GPUs of which only the rates stated there are assumed.
+With --memory: what each rank held beside what was planned, over shapes, ranks, lengths, policies and methods.
 """
 
 import argparse
@@ -26,14 +28,27 @@ from lorasp.cli import argument_parser, run_reporting_errors
 from lorasp.recipe import Recipe, RecipeError
 
 _WARM_UP = 2  # steps that are not counted
-_SHAPE = {
+_SMOLLM2 = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
-    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+_SHAPES = {
+    "SmolLM2's width, few words": _SMOLLM2 | {"tie_word_embeddings": False, "vocab_size": 8192},
+    "SmolLM2": _SMOLLM2,
+    "LLaMA-7B's width": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
 }
 
 
@@ -46,19 +61,24 @@ class Setting:
     length: int = 256
     rank: int = 16
     layers: int = 8
+    shape: str = "SmolLM2's width, few words"
+    policy: str = "selective"
+    method: str = "lorasp"
 
 
 @dataclass(frozen=True)
 class Run:
     """Of one setting: medians of the counted steps in seconds, and the worst rank's peak in bytes above its start.
 
-    planned: bytes of tensors that its plan had foreseen.
+    planned: bytes of tensors that its plan had foreseen. load_peak, load_planned: of the load phase.
     """
 
     step: float
     gather: float
     peak: int
     planned: int
+    load_peak: int
+    load_planned: int
 
 
 def main() -> int:
@@ -66,15 +86,19 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=5, help="counted steps of a run")
     parser.add_argument("--threads", type=int, default=1, help="of each rank on a CPU")
+    parser.add_argument("--memory", action="store_true", help="what was planned beside what was held, in other runs")
     options = parser.parse_args()
 
-    settings = _settings(options.ranks)
+    settings = _memory_settings() if options.memory else _settings(options.ranks)
     with tempfile.TemporaryDirectory() as directory:
         study = Study(options, Path(directory))
         runs = []
         for number, setting in enumerate(settings, start=1):
             print(f"{number}/{len(settings)}: {setting}", file=sys.stderr, flush=True)
             runs.append(study.run(setting))
+        if options.memory:
+            print(memory_table(settings, runs))
+            return 0
         print(study.table(settings, runs))
     print()
     print(on_gpus())
@@ -93,6 +117,44 @@ def _settings(ranks: list[int]) -> list[Setting]:
     return list(dict.fromkeys(varied))
 
 
+def _memory_settings() -> list[Setting]:
+    """Large enough for what a process holds besides tensors, some 50 MiB, to be little of it."""
+    small = Setting(shape="SmolLM2", layers=30, rows=4)
+    wide = Setting(shape="LLaMA-7B's width", layers=4, rows=1, length=128)
+    varied = [small]
+    varied += [replace(small, policy=policy) for policy in ("lean", "layer")]
+    varied += [replace(small, policy="none", rows=2)]
+    varied += [replace(small, ranks=1), replace(small, ranks=4, rows=2)]
+    varied += [replace(small, length=1024, rows=1), replace(small, length=128, rows=8, policy="lean")]
+    varied += [replace(small, rank=64), replace(small, method="lora")]
+    varied += [replace(small, method="full", ranks=n, rows=2) for n in (1, 2)]
+    varied += [wide, replace(wide, ranks=1, policy="lean"), replace(wide, ranks=4, policy="layer")]
+    return varied
+
+
+def memory_table(settings: list[Setting], runs: list[Run]) -> str:
+    """Markdown: planned beside measured of each run, and the worst deviation."""
+    lines = [
+        f"`{shlex.join(['python', *sys.argv])}`: the worst rank's peak above its start (GiB), planned of tensors",
+        "",
+        "| model | method | policy | ranks | rows × length | r | train, planned | measured | "
+        "| load, planned | measured |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for its, run in zip(settings, runs, strict=True):
+        train, load = (
+            f"{planned / 2**30:.3f} | {peak / 2**30:.3f}"
+            for planned, peak in ((run.planned, run.peak), (run.load_planned, run.load_peak))
+        )
+        lines.append(
+            f"| {its.shape}, {its.layers} layers | {its.method} | {its.policy} | {its.ranks} | {its.rows} × "
+            f"{its.length} | {'–' if its.method == 'full' else its.rank} | {train} | "
+            f"{run.peak / run.planned - 1:+.0%} | {load} |"
+        )
+    worst = max(abs(run.peak / run.planned - 1) for run in runs)
+    return "\n".join([*lines, "", f"Largest deviation of the train peak: {worst:.1%}."])
+
+
 class Study:
     """Runs settings in a directory of its own, and tells what they took beside what the model says."""
 
@@ -100,16 +162,18 @@ class Study:
         self._options, self._directory = options, directory
 
     def recipe(self, setting: Setting) -> dict:
-        shape = self._directory / f"layers-{setting.layers}.json"
-        shape.write_text(json.dumps(_SHAPE | {"num_hidden_layers": setting.layers}))
-        steps = _WARM_UP + self._options.steps
+        shape = self._directory / "shape.json"
+        shape.write_text(json.dumps(_SHAPES[setting.shape] | {"num_hidden_layers": setting.layers}))
+        steps = _WARM_UP + (1 if self._options.memory else self._options.steps)
+        trains_all = {"quantization": "none"} if setting.method == "full" else {"adapter": {"rank": setting.rank}}
         return {
+            **trains_all,
+            "method": setting.method,
             "name": "run",
             "output_dir": str(self._directory),
             "overwrite": True,
             "rehearse": False,
             "model": {"path": str(shape), "weights": "random"},
-            "adapter": {"rank": setting.rank},
             "data": {
                 "train": "random",
                 "max_length": setting.length,
@@ -120,6 +184,7 @@ class Study:
                 "global_batch_size": setting.rows * setting.ranks,
                 "micro_batch_size": setting.rows,
                 "log_every": 1,
+                "activation_checkpointing": setting.policy,
             },
             "tracking": {"with": []},
         }
@@ -139,8 +204,10 @@ class Study:
         return Run(
             step=statistics.median(row["step_seconds"] for row in history),
             gather=max(rank["gather"] for rank in report["throughput"]["ranks"]),
-            peak=max(rank["peak_bytes"] for rank in report["phases"]["train"]["ranks"]),
+            peak=_peak(report, "train"),
             planned=sum(report["planned"]["train"].values()),
+            load_peak=_peak(report, "load"),
+            load_planned=sum(report["planned"]["load"].values()),
         )
 
     def table(self, settings: list[Setting], runs: list[Run]) -> str:
@@ -179,6 +246,10 @@ class Study:
         told = ", ".join(f"{name} {part / sum(middle.values()):.0%}" for name, part in middle.items())
         lines += ["", f"Of the first run's step, by the model fitted to all: {told}."]
         return "\n".join(lines)
+
+
+def _peak(report: dict, phase: str) -> int:
+    return max(rank["peak_bytes"] for rank in report["phases"][phase]["ranks"])
 
 
 def _device(options: argparse.Namespace) -> str:

@@ -10,7 +10,8 @@ import os
 
 _LARGE_BYTES = 2**20  # at 128 KiB steps take a sixth longer, at 4 MiB a rank holds a tenth more
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+_USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX")
+_USERS_OWN += ("GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def map_large_blocks_apart() -> None:

@@ -168,7 +168,8 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
     ]
     parts = [
         "## Peak memory",
-        f"Measured by {_inline(', '.join(_sources(report)))}.",
+        f"Measured by {_inline(', '.join(_sources(report)))}. The baseline is what the process held before the model: "
+        "libraries and data.",
         pictures.get("memory", ""),
         _table(header, rows, "l" + "r" * (len(header) - 1)),
     ]

@@ -48,19 +48,24 @@ def torchrun_on_two(*arguments: str) -> list[str]:
     return [_tool("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), TRAIN, *arguments]
 
 
+def environment_of(home: Path, threads: int = 1) -> dict[str, str]:
+    """Nothing of this machine's user, whose home is `home`."""
+    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
+    environment |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU; on CPUs the numbers are the same anywhere
+    return environment
+
+
 def run(command: list[str], home: Path, timeout: float = 180, threads: int = 1) -> Done:
     """Runs `command` from the repository root, each process on so many `threads`.
 
     home: the user's, where `accelerate config` leaves its answers.
     """
-    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
-    environment |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU; on CPUs the numbers are the same anywhere
     out: list[str] = []
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment_of(home, threads),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
