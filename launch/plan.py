@@ -65,7 +65,8 @@ def main() -> int:
         swept = {}
         for length in lengths:
             longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
-            swept[length] = {n: plan(longer, config, **how | {"world_size": n}) for n in _SWEPT}
+            traces: dict = {}  # the ranks change none of them
+            swept[length] = {n: plan(longer, config, **how | {"world_size": n}, traces=traces) for n in _SWEPT}
         print(f"\n{format_sweep(swept)}")
         draw_sweep({n: {ranks: its.highest for ranks, its in of.items()} for n, of in swept.items()}, picture)
         print(f"\ndrawn: {picture}")

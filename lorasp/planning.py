@@ -67,12 +67,14 @@ def plan(
     device: str = "cuda",
     batch: Batch | None = None,
     ranks_of_a_node: int = 8,
+    traces: dict[tuple, dict[str, int]] | None = None,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
     tokens, all of them labelled.
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
-    DeepSpeed configuration that keeps a set of shards in each node.
+    DeepSpeed configuration that keeps a set of shards in each node. traces: a dictionary that plans of one model
+    share, in which what was traced once is found again.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
     if batch is None:
@@ -81,7 +83,7 @@ def plan(
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
     activations_away = device != "cpu" and recipe.training.offload_activations
     shards_away = device != "cpu" and _offloads_shards(recipe)
-    how = (world_size, group, dtype, batch, activations_away)
+    how = (world_size, group, dtype, batch, activations_away, {} if traces is None else traces)
     one, two = (_measure(recipe, _with_layers(config, n), *how) for n in (1, 2))
     layers = config.get_text_config().num_hidden_layers
     found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
@@ -147,6 +149,7 @@ def plans_that_fit(
     training = recipe.training
     sizes = [size for size in range(2 * training.micro_batch_size, 0, -1) if _divides(recipe, size, world_size)]
     how = {"world_size": world_size, "dtype": dtype, "device": device, "ranks_of_a_node": ranks_of_a_node}
+    how["traces"] = {}
     for path in _configurations(recipe, world_size, device, ranks_of_a_node):
         elsewhere = recipe.deepspeed.model_copy(update={"config": path})
         for policy, away in _POLICIES[: 3 if device == "cpu" else None]:
@@ -217,6 +220,7 @@ def _measure(
     dtype: torch.dtype,
     batch: Batch,
     activations_away: bool,
+    traces: dict[tuple, dict[str, int]],
 ) -> dict[str, int]:
     """Bytes (and `trained` entries) of a model with the layers of `config`; each of them grows by a layer's."""
     model = build_on_meta(config, recipe, dtype)
@@ -242,7 +246,11 @@ def _measure(
     found["head"] = _bytes(model.model.get_output_embeddings().weight)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
     found["largest_stored"] = _largest_stored(model)
-    return found | _trace(model, batch, activations_away)
+    layers = config.get_text_config().num_hidden_layers
+    key = (layers, recipe.training.activation_checkpointing, batch.lengths, len(batch.labels), activations_away)
+    if key not in traces:
+        traces[key] = _trace(model, batch, activations_away)
+    return found | traces[key]
 
 
 def _bucket_elements(recipe: Recipe) -> int:

@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import math
+import mmap
 import subprocess
 import sys
 import threading
@@ -51,7 +52,14 @@ def measured_again(test):
 
 
 def resident(size: int, device: str = "cpu") -> torch.Tensor:
-    """`size` bytes that were written to: untouched pages are not resident."""
+    """`size` bytes that were written to: untouched pages are not resident.
+
+    On a CPU mapped by themselves: malloc may find them a hole in the heap of a process that ran other tests, and keep
+    them there once freed.
+    """
+    if device == "cpu":
+        own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(own, dtype=torch.uint8).fill_(1)
     return torch.ones(size, dtype=torch.uint8, device=device)
 
 

@@ -382,7 +382,7 @@ def test_the_plan_foresees_the_tensors_of_a_step(ranks, policy, models, request)
 def planned_for(directory, *, world_size, batch=None, **changes):
     settings = Recipe(**recipe(directory, micro=4, **changes))
     config = load_config(directory, settings.model)
-    return plan(settings, config, world_size=world_size, dtype=torch.float32, batch=batch)
+    return plan(settings, config, world_size=world_size, dtype=torch.float32, device="cpu", batch=batch)
 
 
 def test_what_is_gathered_alone_is_what_is_gathered_together(two_ranks):
