@@ -74,7 +74,7 @@ def plan(
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
     DeepSpeed configuration that keeps a set of shards in each node. traces: a dictionary that plans of one model
-    share, in which what was traced once is found again.
+    and method share, in which what was traced once is found again.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
     if batch is None:
@@ -151,26 +151,34 @@ def plans_that_fit(
     how = {"world_size": world_size, "dtype": dtype, "device": device, "ranks_of_a_node": ranks_of_a_node}
     how["traces"] = {}
     for path in _configurations(recipe, world_size, device, ranks_of_a_node):
-        elsewhere = recipe.deepspeed.model_copy(update={"config": path})
         for policy, away in _POLICIES[: 3 if device == "cpu" else None]:
-            found: dict[int, tuple[dict[str, Any], Plan]] = {}
-
-            def fits(size: int, policy=policy, away=away, elsewhere=elsewhere, found=found) -> bool:
-                settings = {"activation_checkpointing": policy, "micro_batch_size": size}
+            settings = {"activation_checkpointing": policy, "offload_activations": away}
+            update = {"training": training.model_copy(update=settings)}
+            update["deepspeed"] = recipe.deepspeed.model_copy(update={"config": path})
+            found = _largest_micro_batch(recipe.model_copy(update=update), config, sizes, limit_bytes, **how)
+            if found is not None:
+                size, its_plan = found
+                overrides = [f"training.activation_checkpointing={policy}", f"training.micro_batch_size={size}"]
                 if away != training.offload_activations:
-                    settings["offload_activations"] = away
-                tried = {"training": training.model_copy(update=settings), "deepspeed": elsewhere}
-                found[size] = settings, plan(recipe.model_copy(update=tried), config, **how)
-                return found[size][1].highest <= limit_bytes
-
-            # What a larger micro batch needs is more.
-            first = bisect_left(sizes, True, key=fits)
-            if first < len(sizes):
-                settings, its_plan = found[sizes[first]]
-                overrides = [f"training.{key}={str(value).lower()}" for key, value in settings.items()]
+                    overrides.append(f"training.offload_activations={str(away).lower()}")
                 if path != recipe.deepspeed.config:
                     overrides.append(f"deepspeed.config={Path(path).name}")
                 yield overrides, its_plan
+
+
+def _largest_micro_batch(
+    recipe: Recipe, config: PreTrainedConfig, sizes: list[int], limit_bytes: int, **how: Any
+) -> tuple[int, Plan] | None:
+    """The first of `sizes` (descending) that fits, and its plan: whatever a larger one needs is more."""
+    plans: dict[int, Plan] = {}
+
+    def fits(size: int) -> bool:
+        training = recipe.training.model_copy(update={"micro_batch_size": size})
+        plans[size] = plan(recipe.model_copy(update={"training": training}), config, **how)
+        return plans[size].highest <= limit_bytes
+
+    first = bisect_left(sizes, True, key=fits)
+    return (sizes[first], plans[sizes[first]]) if first < len(sizes) else None
 
 
 def _configurations(recipe: Recipe, world_size: int, device: str, ranks_of_a_node: int) -> list[str]:

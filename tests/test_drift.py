@@ -18,5 +18,10 @@ def test_some_mebibytes_are_no_drift():
     assert its.share > 0.03 and not its.is_growing
 
 
+def test_a_rank_that_held_nothing_has_grown_by_no_share():
+    [its] = drift([5, 6], [(0,), (3 * MIB,)])
+    assert its.share == 0.0 and not its.is_growing
+
+
 def test_a_run_too_short_to_settle_has_none():
     assert drift([], []) == drift([1, 2, 3, 4], [(1,)] * 4) == drift([4, 5], [(1,), (2,)]) == []

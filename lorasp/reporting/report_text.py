@@ -175,8 +175,7 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
     ]
     if drift := report.get("drift"):
         told = "; ".join(
-            f"rank {its['rank']} {its['most_bytes'] / its['held_bytes'] - 1:+.1%} (step {its['most_at_step']}, "
-            f"{gib(its['most_bytes'])} GiB)"
+            f"rank {its['rank']} {its['share']:+.1%} (step {its['most_at_step']}, {gib(its['most_bytes'])} GiB)"
             for its in drift
         )
         parts.append(f"Held between steps, most after step {drift[0]['from_step']} against then: {told}.")

@@ -234,7 +234,7 @@ class RunLog:
             scores=self._scores,
             model_commit=model_commit,
             planned=self._planned,
-            drift=[asdict(its) for its in drifts],
+            drift=[{**asdict(its), "share": its.share} for its in drifts],
         )
         path = write_report(self._run_dir, report)
         for sample in samples:

@@ -87,7 +87,7 @@ def build_report(
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and `exact_match` of each evaluation.
     `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py). `drift`:
-    of each rank, as reporting/drift.py has it; none of a run that was too short for any.
+    of each rank, as reporting/drift.py has it, with its `share`; none of a run that was too short for any.
     `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
