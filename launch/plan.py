@@ -45,19 +45,23 @@ def main() -> int:
     import torch
 
     from lorasp.models.weights import load_config, locate_model
-    from lorasp.planning import NoPlan, as_method, plan, plans_that_fit
-    from lorasp.reporting.plan_text import fits, format_plans, format_sweep
+    from lorasp.planning import NoPlan, as_method, plan, plans_that_fit, with_whole_base
+    from lorasp.reporting.plan_text import fits, format_plans, format_sweep, format_whole_base
 
     config = load_config(locate_model(recipe.model, weights=False), recipe.model)
     asked = recipe.model.dtype
     dtype = getattr(torch, asked) if asked != "auto" else torch.float32 if options.cpu else torch.bfloat16
     how = {"world_size": options.world_size, "dtype": dtype, "device": "cpu" if options.cpu else "cuda"}
     methods = dict.fromkeys((recipe.method, "lorasp", "lora", "full"))
+    traces: dict[str, dict] = {method: {} for method in methods}
     try:
-        plans = {method: plan(as_method(recipe, method), config, **how) for method in methods}
+        plans = {method: plan(as_method(recipe, method), config, **how, traces=traces[method]) for method in methods}
     except NoPlan as reason:
         raise RecipeError(f"model.path: {reason}") from None
     print(format_plans(recipe, plans, dtype, limit))
+    if (own := plans[recipe.method]).received_bytes:
+        whole = plan(with_whole_base(recipe), config, **how, traces=traces[recipe.method])
+        print(f"\n{format_whole_base(own, whole, limit)}")
     if picture is not None:
         from lorasp.reporting.plots import draw_sweep
 
@@ -65,8 +69,8 @@ def main() -> int:
         swept = {}
         for length in lengths:
             longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
-            traces: dict = {}  # the ranks change none of them
-            swept[length] = {n: plan(longer, config, **how | {"world_size": n}, traces=traces) for n in _SWEPT}
+            shared: dict = {}  # the ranks change no trace
+            swept[length] = {n: plan(longer, config, **how | {"world_size": n}, traces=shared) for n in _SWEPT}
         print(f"\n{format_sweep(swept)}")
         draw_sweep({n: {ranks: its.highest for ranks, its in of.items()} for n, of in swept.items()}, picture)
         print(f"\ndrawn: {picture}")

@@ -72,11 +72,12 @@ def main() -> int:
         log.planned(planned)
 
     with log.phase("load"):
-        loaded = load_model(recipe, directory, ranks, dtype, log.console.info)
+        loaded = load_model(recipe, directory, ranks, dtype, log.console.info, run_dir)
         engine = Engine(ranks, loaded.model, training)
         if recipe.adapter.init_from is not None:  # what a bf16 model holds of it is rounded
             engine.set_trained_values(load_adapter(recipe.adapter.init_from, recipe).trained_values(loaded.model))
         log.model_loaded(asdict(loaded.counts), lambda: held_bytes(loaded.model, engine))
+        log.started(loaded.start_errors)
         log.recomputes(loaded.model.model.config, dtype, loaded.recomputation, loaded.fallback)
 
     if loaded.start is not None and loaded.start.dtype != str(dtype).removeprefix("torch."):
@@ -124,6 +125,8 @@ def main() -> int:
             )
         log.rehearsed()
     clear_run_directory(run_dir, ranks)  # only now can nothing be refused any more
+    if loaded.own_base is not None:
+        loaded.own_base.place()
 
     if recipe.evaluation.before:
         evaluate(0)

@@ -78,17 +78,19 @@ def count_flops(model: nn.Module) -> TrainingFlops:
 def held_bytes(model: nn.Module, engine: Engine | None) -> dict[str, int]:
     """Bytes that this rank holds between steps, by part.
 
-    base_shard: its part of the frozen base (`method: full`: of all weights); adapters: its part of A and B in compute
-    precision; masks: S, whole on each rank; buffers: rotary frequencies and second-level scales, whole; gradients:
-    its fp32 part and the reduction bucket; optimizer: its fp32 masters and moments (none before the first step).
+    base_shard: its part of the frozen base (`method: full`: of all weights), all of it with ZeRO's stage 2; adapters:
+    its part of A and B in compute precision; masks: S, whole on each rank; buffers: rotary frequencies and
+    second-level scales, whole; gradients: its fp32 part and the reduction bucket; optimizer: its fp32 masters and
+    moments (none before the first step).
     """
     held = dict.fromkeys(("base_shard", "adapters", "masks", "buffers", "gradients", "optimizer"), 0)
-    for name, parameter in model.named_parameters():
-        part = "adapters" if name.rpartition(".")[2] in ("A", "B", "A_rest") else "base_shard"
-        held[part] += shard_bytes(parameter)
-    for name, buffer in model.named_buffers():
-        part = "masks" if name.endswith("_bits") else "buffers"
-        held[part] += buffer.numel() * buffer.element_size()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, nn.Parameter):  # also where it was made a buffer (sharding.keep_unit_whole)
+            part = "adapters" if name.rpartition(".")[2] in ("A", "B", "A_rest") else "base_shard"
+            held[part] += shard_bytes(tensor)
+        else:
+            part = "masks" if name.endswith("_bits") else "buffers"
+            held[part] += tensor.numel() * tensor.element_size()
     if engine is not None:
         held["gradients"] = engine.gradient_bytes()
         held["optimizer"] = engine.optimizer_state_bytes()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorasp.hashing import random_uniform, stream_key
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Adapter, Quantization, RecipeError
+from lorasp.residual import fit_factors
 from lorasp.selection import select_entries, select_features, selection_digest
 
 
@@ -27,7 +28,9 @@ class AdaptedLinear(ShardedLinear):
     that ΔW = 0 at the start. With `frozen_entries: init` the unselected entries of A stay at their start as a frozen
     parameter `A_rest`; B's would be zero either way. `A_bits` and `B_bits` hold S (see selection.py).
 
-    Both the selection and the start of A are functions of (seed, name) alone.
+    Both the selection and the start of A are functions of (seed, name) alone. With `quantization.init: residual`
+    (Eq. 3), A and B start where base and adapter together come closest to W: `load` then fits them too, and leaves
+    ‖W - Q‖ / ‖W‖ of the plain base, and ‖W - Q - ΔW‖ / ‖W‖ of what it kept, in `start_errors`.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class AdaptedLinear(ShardedLinear):
         start = random_uniform(stream_key(seed, name, "start of A"), rank * in_features, -bound, bound).to(dtype)
         self.A = nn.Parameter(self.A_selection.select(start.view(rank, in_features), A_bits).contiguous())
         self.B = nn.Parameter(torch.zeros(self.B_selection.count, dtype=dtype))
+        self.start_errors: tuple[float, float] | None = None
         self.A_rest = None
         if adapter.frozen_entries == "init" and self.A_selection.count < start.numel():
             unselected = ~self.A_selection.mask(A_bits).view(-1)
@@ -78,6 +82,53 @@ class AdaptedLinear(ShardedLinear):
     def dense_B(self) -> Tensor:
         """B⊙S, [out, r] in the compute dtype."""
         return self.B_selection.expand(self.B.data, self.B_bits)
+
+    def filled_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from super().filled_tensors()
+        if self.quantization.init == "residual":
+            yield from (("A", self.A), ("B", self.B))
+
+    def allocate(self, device: torch.device) -> None:
+        super().allocate(device)
+        if self.quantization.init == "residual":
+            self._move_adapter(device)
+
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().load(weight, bias)
+        if self.quantization.init == "residual":
+            self._move_adapter(weight.device)
+            self._fit_start(weight.float())
+
+    def _move_adapter(self, device: torch.device) -> None:
+        for tensor in (self.A, self.B, self.A_rest, self.A_bits, self.B_bits):
+            if tensor is not None:
+                tensor.data = tensor.data.to(device)
+
+    @torch.no_grad()
+    def _fit_start(self, weight: Tensor) -> None:
+        """Eq. 3: fits A and B to W - Q, quantizes W - ΔW to the next Q, and so on; keeps the best pair of the two.
+
+        The error need not fall from one iterate to the next. weight: fp32 [out, in].
+        """
+        A_selected, B_selected = self.A_selection.mask(self.A_bits), self.B_selection.mask(self.B_bits)
+        A_fixed = None if self.A_rest is None else self.dense_A().float() * ~A_selected
+        norm = weight.norm().item() or 1.0
+        plain = best = (weight - self.dense_weight()).norm().item() / norm
+        kept = {name: tensor.data for name, tensor in self.filled_tensors()}
+        A, B = self.dense_A().float(), self.dense_B().float()
+        for iteration in range(self.quantization.iterations):
+            if iteration:
+                self._place(*self._quantize(torch.addmm(weight, B, A, alpha=-self.scale).view(-1)))
+            lost = (weight - self.dense_weight()).div_(self.scale)
+            A, B = fit_factors(lost, A, B_selected, A_selected, A_fixed)
+            self.A.data = self.A_selection.select(A, self.A_bits).to(self.dtype).contiguous()
+            self.B.data = self.B_selection.select(B, self.B_bits).to(self.dtype).contiguous()
+            error = lost.addmm_(B, A, alpha=-1).norm().item() * self.scale / norm
+            if error < best:
+                best, kept = error, {name: tensor.data for name, tensor in self.filled_tensors()}
+        for name, tensor in kept.items():
+            getattr(self, name).data = tensor
+        self.start_errors = (plain, best)
 
     needs_input = True  # for the gradients of A and B
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasp.adapter import AdaptedLinear, adapted_linears, model_selection_digest
-from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe import Quantization, Recipe, RecipeError
 
 ADAPTER_FILE = "adapter.safetensors"
 _FORMAT = "lorasp-adapter-2"
@@ -44,7 +44,7 @@ class AdapterInfo:
     seed: int
     selection_digest: str
     dtype: str  # of computation: codes are quantized from the base in this precision
-    quantization: dict[str, str | bool | int]  # of the base that it was trained on: the recipe's section
+    quantization: dict[str, str | bool | int]  # of the base that it was trained on: of the recipe, what matters
     step: int
 
     @classmethod
@@ -68,7 +68,7 @@ class AdapterInfo:
             seed=selection_seed,
             selection_digest=model_selection_digest(model),
             dtype=str(next(adapted_linears(model)).dtype).removeprefix("torch."),
-            quantization=recipe.quantization.model_dump(),
+            quantization=recipe.quantization.kind(),
             step=step,
         )
 
@@ -80,6 +80,11 @@ class SavedAdapter:
     path: Path
     info: AdapterInfo
     tensors: dict[str, Tensor]
+
+    @property
+    def own_base_of(self) -> Path | None:
+        """The directory of the run that keeps this adapter's base; None where the model's is quantized anew."""
+        return self.path.parent.parent if self.info.quantization.get("init") == "residual" else None
 
     def apply(self, model: nn.Module) -> None:
         """Puts values and S into the model's adapters, before it is sharded.
@@ -157,7 +162,7 @@ def load_adapter(directory: str | Path, recipe: Recipe) -> SavedAdapter:
         "selection.fraction": (recipe.effective_fraction, info.fraction),
     }
     # An adapter corrects the rounding of the base that it was trained on along with the rest.
-    ours, its = recipe.quantization.model_dump(), info.quantization
+    ours, its = recipe.quantization.kind(), Quantization(**info.quantization).kind()
     if not ours["format"] == its["format"] == "none":  # where the other settings say nothing
         asked |= {f"quantization.{key}": (ours[key], its[key]) for key in ours}
     differing = [f"{key} is {ours}, the adapter's {its}" for key, (ours, its) in asked.items() if ours != its]

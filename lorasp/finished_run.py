@@ -11,6 +11,7 @@ from lorasp.checkpoint import ADAPTER_FILE, SavedAdapter, load_adapter
 from lorasp.models.attention import ATTENTION
 from lorasp.models.build import build_on_meta, filled_units
 from lorasp.models.causal_lm import CausalLM
+from lorasp.models.packed_base import use_run_base
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
 from lorasp.recipe import Quantization, Recipe, RecipeError
 
@@ -49,6 +50,11 @@ class FinishedRun:
         return str(self.base.resolve()) if Path(path).is_dir() or path == DEMO_MODEL else path
 
     @property
+    def has_own_base(self) -> bool:
+        """Whether the adapter belongs on a base that Eq. 3 made for it, which the run keeps."""
+        return self.saved is not None and self.saved.own_base_of is not None
+
+    @property
     def base_is_packed(self) -> bool:
         """Whether the base's own checkpoint is in 4 bits."""
         return getattr(load_config(self.base, self.recipe.model), "quantization_config", None) is not None
@@ -60,7 +66,7 @@ class FinishedRun:
             found.append(f"{self.directory}: the run did not finish ({self.report.get('status')})")
         trained_on = self.report.get("device", "cpu").partition(":")[0]
         here = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.quantized and not self.base_is_packed and trained_on != here:
+        if self.quantized and not (self.base_is_packed or self.has_own_base) and trained_on != here:
             # The mean that double quantization takes is summed in another order.
             found.append(f"the base was quantized on {trained_on}; done again on {here}, single codes may differ")
         return found
@@ -87,11 +93,18 @@ class FinishedRun:
     ) -> CausalLM:
         """The run's model, whole on `device`, for evaluation. Raises RecipeError, also for a base that was changed."""
         model = self.build_on_meta(dense=dense, dtype=dtype, attention=attention)
-        checkpoint = Checkpoint(self.base)
+        checkpoint = self.open_base()
         for _ in filled_units(model.model, checkpoint, device=device):
             pass
         self.check_base(checkpoint)
         return model.to(device).eval()
+
+    def open_base(self) -> Checkpoint:
+        """What the base is read from: its checkpoint, and where Eq. 3 made codes for this run, those."""
+        checkpoint = Checkpoint(self.base)
+        if self.has_own_base:
+            use_run_base(checkpoint, self.saved.own_base_of)
+        return checkpoint
 
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raises RecipeError unless the weights, all of which were read, are those that the adapter was trained on."""

@@ -33,7 +33,7 @@ from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import set_recomputation
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
-from lorasp.recipe_deepspeed import shard_group_size
+from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
 
 _ADAPTER = ("A", "B", "A_rest")
 
@@ -44,10 +44,14 @@ class NoPlan(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """Peaks of one rank (the worst), in bytes: phase -> part -> bytes. A phase's peak is the sum of its parts."""
+    """Peaks of one rank (the worst), in bytes: phase -> part -> bytes. A phase's peak is the sum of its parts.
+
+    received_bytes: of shards that a rank gathers from others in one micro batch, forward and backward.
+    """
 
     world_size: int
     phases: dict[str, dict[str, int]]
+    received_bytes: int = 0
 
     def peak(self, phase: str) -> int:
         return sum(self.phases[phase].values())
@@ -80,17 +84,18 @@ def plan(
     if batch is None:
         rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
         batch = collate(rows, range(len(rows)))
+    base_whole = keeps_base_whole(recipe.deepspeed.config)
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
     activations_away = device != "cpu" and recipe.training.offload_activations
     shards_away = device != "cpu" and _offloads_shards(recipe)
-    how = (world_size, group, dtype, batch, activations_away, {} if traces is None else traces)
+    how = (world_size, group, base_whole, dtype, batch, activations_away, {} if traces is None else traces)
     one, two = (_measure(recipe, _with_layers(config, n), *how) for n in (1, 2))
     layers = config.get_text_config().num_hidden_layers
     found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
     if shards_away:
         found["base_shard"] = found["adapters"] = 0
     # Nothing is gathered where a rank's shard is the whole.
-    is_whole = world_size == 1 and not shards_away
+    is_whole = base_whole or (world_size == 1 and not shards_away)
     layer = 0 if is_whole else two["stored"] - one["stored"]
     head = 0 if is_whole else one["head"]
     held = {part: found[part] for part in ("base_shard", "adapters", "masks", "buffers", "gradients")}
@@ -101,12 +106,19 @@ def plan(
     in_backward = {"gathered": 2 * layer, "activations": found["peak_in_backward"]}
     train = max(at_head, in_backward, key=lambda parts: sum(parts.values()))
     # The last unit is filled while the adapters of all are still whole; then the optimizer takes its masters.
-    unit = max(two["stored"] - one["stored"], one["embedding"]) + one["largest_stored"]
+    unit = max(two["stored"] - one["stored"], one["embedding"]) + one["largest_filled"]
     filling = {**held, "adapters": found["adapters_whole"], "gradients": 0, "unit": unit}
     ready = {**held, "optimizer": found["masters"]}
     load = max(filling, ready, key=lambda parts: sum(parts.values()))
     save = {**trained, "gathered": 4 * min(found["trained"], world_size * GATHERED_AT_ONCE)}
-    return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save})
+    received = 0 if base_whole else 2 * found["stored"] * (world_size - 1) // world_size
+    return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save}, received)
+
+
+def with_whole_base(recipe: Recipe) -> Recipe:
+    """The same run with ZeRO's stage 2, which gathers nothing of the base, as every rank holds all of it."""
+    config = str(DS_CONFIGS / "zero2.json")
+    return recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"config": config})})
 
 
 def as_method(recipe: Recipe, method: str) -> Recipe:
@@ -126,9 +138,9 @@ def as_method(recipe: Recipe, method: str) -> Recipe:
     return Recipe(**tree)
 
 
-# From the fastest: what is gathered within a node, or over all, or comes from the host; what is computed again, and
-# then what is moved.
-_CONFIGS = ("zero3_hpz.json", "zero3.json", "zero3_offload.json")
+# From the fastest: nothing is gathered, or within a node, or over all, or it comes from the host; what is computed
+# again, and then what is moved.
+_CONFIGS = ("zero2.json", "zero3_hpz.json", "zero3.json", "zero3_offload.json")
 _POLICIES = (("selective", False), ("lean", False), ("layer", False), ("lean", True))
 
 
@@ -186,7 +198,7 @@ def _configurations(recipe: Recipe, world_size: int, device: str, ranks_of_a_nod
     own = Path(recipe.deepspeed.config)
     if own.parent != DS_CONFIGS:
         return [recipe.deepspeed.config]
-    useless = set()
+    useless = set() if world_size > 1 else {"zero2.json"}  # on one rank, zero3.json gathers nothing either
     if world_size <= ranks_of_a_node or world_size % ranks_of_a_node:
         useless.add("zero3_hpz.json")
     if device == "cpu":
@@ -225,6 +237,7 @@ def _measure(
     config: PreTrainedConfig,
     world_size: int,
     group: int,
+    base_whole: bool,
     dtype: torch.dtype,
     batch: Batch,
     activations_away: bool,
@@ -237,7 +250,9 @@ def _measure(
     masters = 0
     for name, parameter in model.named_parameters():
         shard = kept = -(-parameter.numel() // world_size)
-        if group > 1 and not parameter.requires_grad:  # also of the node's set, cut from what is padded for all
+        if base_whole:  # of what is trained, the shard besides
+            kept = parameter.numel() + (shard if parameter.requires_grad else 0)
+        elif group > 1 and not parameter.requires_grad:  # also of the node's set, cut from what is padded for all
             kept += shard * world_size // group
         part = "adapters" if name.rpartition(".")[2] in _ADAPTER else "base_shard"
         found[part] += kept * parameter.element_size()
@@ -253,7 +268,7 @@ def _measure(
     found["gradients"] = 4 * masters + 4 * _bucket_elements(recipe)
     found["head"] = _bytes(model.model.get_output_embeddings().weight)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
-    found["largest_stored"] = _largest_stored(model)
+    found["largest_filled"] = _largest_filled(model, recipe)
     layers = config.get_text_config().num_hidden_layers
     key = (layers, recipe.training.activation_checkpointing, batch.lengths, len(batch.labels), activations_away)
     if key not in traces:
@@ -274,11 +289,13 @@ def _zero_settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(Path(recipe.deepspeed.config).read_text())["zero_optimization"]
 
 
-def _largest_stored(model: CausalLM) -> int:
-    """The largest matrix as it is read before it is quantized, in 16 bits."""
-    return max(
-        (2 * m.in_features * m.out_features for m in model.modules() if isinstance(m, ShardedLinear)), default=0
-    )
+def _largest_filled(model: CausalLM, recipe: Recipe) -> int:
+    """What the largest matrix takes before it is quantized: as it is read, in 16 bits; where adapters are fitted to
+    what that loses (`AdaptedLinear`), also as W and W - Q in fp32 and Q in the compute precision.
+    """
+    linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
+    fitted = recipe.quantization.init == "residual"
+    return max((m.in_features * m.out_features * (2 + fitted * (8 + m.dtype.itemsize)) for m in linears), default=0)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -88,8 +88,12 @@ class ShardedLinear(nn.Module):
             if tensor is not None:
                 yield name, tensor
 
+    def filled_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of what `load` fills."""
+        return self.base_tensors()
+
     def allocate(self, device: torch.device) -> None:
-        """Gives every meta tensor of the base uninitialised memory on `device`."""
+        """Gives every meta tensor of the base uninitialised memory on `device`, where `load` would fill it."""
         for name, tensor in list(self.base_tensors()):
             if tensor.is_meta:
                 _replace(self, name, torch.empty_like(tensor, device=device))

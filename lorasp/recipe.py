@@ -109,6 +109,14 @@ class Quantization(Section):
     double_quant: bool = True  # quantizes the scales as well: 0.37 bit a weight less
     cache: bool = True  # keeps what was quantized for the next start: see models/quantized_cache.py
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64  # weights that share a scale
+    # plain: the base is W quantized, and adapters start without effect. residual (Eq. 3): adapters start as the fit to
+    # what quantization loses of W, and the base is W without that fit, quantized; the run keeps it.
+    init: Literal["plain", "residual"] = "plain"
+    iterations: Count = 5  # of fit and quantization, with init: residual; the best is kept
+
+    def kind(self) -> dict[str, Any]:
+        """The settings by which a base and its adapter belong together."""
+        return self.model_dump(exclude={"cache", "iterations"})
 
     @field_validator("format", mode="before")
     @classmethod
@@ -339,6 +347,8 @@ class Recipe(Section):
                 del tree[section][key]
             else:
                 del tree[section]
+        if self.quantization.init == "plain":
+            del tree["quantization"]["iterations"]
         return tree
 
     @model_validator(mode="before")
@@ -385,12 +395,24 @@ class Recipe(Section):
                 f"method full trains the weights themselves, which {self.quantization.format} would freeze; "
                 f"use quantization: none",
             )
+        if self.quantization.init == "residual" and self.quantization.format == "none":
+            yield (
+                ("quantization.init", "quantization.format"),
+                "nothing is quantized, so there is no residual to start adapters from; use init: plain",
+            )
+        if self.quantization.init == "plain" and "iterations" in self.quantization.model_fields_set:
+            yield ("quantization.iterations", "quantization.init"), "they are of init: residual; remove this setting"
         for ignored in _IGNORED[self.method]:
             section, _, only = ignored.partition(".")
             for key in sorted(getattr(self, section).model_fields_set):
                 if only in ("", key) and not (self.method == "lora" and key == "fraction" and fraction == 1):
                     why = "trains no adapter" if self.method == "full" else "trains all of an adapter's entries"
                     yield (f"{section}.{key}", "method"), f"method {self.method} {why}; remove this setting"
+        if self.quantization.init == "residual" and self.model.weights == "random" and self.adapter.init_from:
+            yield (
+                ("adapter.init_from", "model.weights"),
+                "a base that was made with quantization.init: residual is not read beside random weights",
+            )
         if self.data.is_random and self.data.held_out is not None:
             yield ("data.held_out", "data.train"), "random tokens teach nothing that could be held out; remove it"
         if self.data.packing and self.data.group_by_length:

@@ -34,11 +34,17 @@ def check_deepspeed_config(path: Path) -> list[str]:
     if not isinstance(zero, dict):
         return [f"{path} has no section zero_optimization; start from ds_configs/zero3.json"]
     faults = []
-    if zero.get("stage") != 3:
+    if zero.get("stage") not in (2, 3):
         faults.append(
-            f"{path}: ZeRO stage {shown(zero.get('stage', 0))} would keep the whole base on every rank; use stage 3, "
-            f"as zero3.json does"
+            f"{path}: ZeRO stage {shown(zero.get('stage', 0))} would keep the whole base and optimizer on every rank; "
+            f"use stage 3, as zero3.json does, or 2, as zero2.json does"
         )
+    if zero.get("stage") == 2:
+        faults += [
+            f"{path}: {key} is of ZeRO stage 3, where the base is sharded; remove it, or start from zero3.json"
+            for key in zero
+            if key.startswith(("stage3_", "zero_hpz", "offload_param"))
+        ]
     faults += [
         f"{path}: {key} would quantize again what is 4-bit already, and round what is trained; remove it"
         for key in _REQUANTIZING
@@ -64,6 +70,11 @@ def check_deepspeed_config(path: Path) -> list[str]:
     if size != "auto" and not (type(size) is int and size >= 1):
         faults.append(f"{path}: {SHARD_GROUP} is {shown(size)}; write a number of ranks, or auto for those of a node")
     return faults
+
+
+def keeps_base_whole(path: str) -> bool:
+    """Whether the DeepSpeed JSON at `path` asks for ZeRO's stage 2: what is frozen stays whole on every rank."""
+    return json.loads(Path(path).read_text())["zero_optimization"]["stage"] == 2
 
 
 def shard_group_size(path: str, world_size: int, ranks_of_a_node: int) -> int:

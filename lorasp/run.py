@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasp.accounting import ParameterCounts, TrainingFlops, count_flops, count_parameters
-from lorasp.adapter import model_selection_digest
+from lorasp.adapter import adapted_linears, model_selection_digest
 from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, replacing_whole, save_adapter, save_model
 from lorasp.data.batches import Batch
 from lorasp.data.load import RunData, download_data, load_data
@@ -23,19 +23,21 @@ from lorasp.evaluation.held_out import HeldOutScore, score_held_out
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.causal_lm import CausalLM
-from lorasp.models.quantized_cache import WORTH_KEEPING, QuantizedCache, digests_behind
+from lorasp.models.packed_base import PackedBaseWriter, RunBaseWriter, use_run_base
+from lorasp.models.quantized_cache import DAMAGED, WORTH_KEEPING, QuantizedCache
 from lorasp.models.random_weights import RandomWeights
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, load_tokenizer, locate_model, open_weights
 from lorasp.planning import NoPlan, Plan, excess, plan
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
+from lorasp.recipe_deepspeed import keeps_base_whole
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
-from lorasp.zero.sharding import bring_to_first, broadcast_buffer, shard_unit
+from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_whole, shard_unit
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
-_OURS = (*_RESULTS, "report.md", "plots", "tensorboard", "profile", "export")
+_OURS = (*_RESULTS, "base", "report.md", "plots", "tensorboard", "profile", "export")
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -140,7 +142,8 @@ class LoadedModel:
     """A sharded model, its counts, the digest of the base weights that it was made of, and the adapter it starts from.
 
     start: None where training starts from the base. recomputation: the activation policy in force, which is not the
-    recipe's where `fallback` tells why.
+    recipe's where `fallback` tells why. start_errors: of each linear whose adapter was fitted to what quantization
+    loses, see `AdaptedLinear`. own_base: what rank 0 wrote of a base that only this run's adapter has.
     """
 
     model: CausalLM
@@ -150,6 +153,8 @@ class LoadedModel:
     flops: TrainingFlops
     recomputation: str
     fallback: str | None
+    start_errors: dict[str, tuple[float, float]]
+    own_base: RunBaseWriter | None
 
 
 def load_model(
@@ -158,10 +163,12 @@ def load_model(
     ranks: Ranks,
     dtype: torch.dtype,
     tell: Callable[[str], None] = lambda line: None,
+    run_dir: Path | None = None,
 ) -> LoadedModel:
     """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError.
 
-    tell: is given a line about where the quantized base comes from, or is kept.
+    tell: is given a line about where the quantized base comes from, or is kept. run_dir: where a base is written that
+    `quantization.init: residual` makes; None where nothing is trained on it.
     """
     config = load_config(directory, recipe.model)
     checkpoint = open_weights(directory, recipe)
@@ -174,34 +181,49 @@ def load_model(
     counts, flops = count_parameters(model), count_flops(model)
     ds_config = deepspeed_config(recipe, dtype, ranks.world_size)
     ds_config["zero_optimization"][PREFETCH] = 0  # no matter of sharding; "auto" is known only to the engine
-    cache = _quantized_cache(recipe, model, checkpoint, dtype, ranks, tell)
-    manifest, cached_at = ranks.gather((cache.found(), cache.path) if cache else (None, None))[0]
-    if manifest is not None:
-        checkpoint.replace(cached_at, manifest["tensors"])
-        tell(f"base: what was quantized before is read from {cached_at}")
+    place = keep_unit_whole if keeps_base_whole(recipe.deepspeed.config) else shard_unit
+    keeps: PackedBaseWriter | None = None
+    if recipe.quantization.init == "residual":
+        if saved is not None:
+            use_run_base(checkpoint, saved.own_base_of)
+        keeps = RunBaseWriter(run_dir) if run_dir is not None and ranks.is_main else None
+    else:
+        cache = _quantized_cache(recipe, model, checkpoint, dtype, ranks, tell)
+        manifest, cached_at = ranks.gather((cache.found(), cache.path) if cache else (None, None))[0]
+        if manifest is None:
+            keeps = cache
+        else:
+            checkpoint.replace(cached_at, manifest, DAMAGED)
+            tell(f"base: what was quantized before is read from {cached_at}")
     fill_and_shard(
         model,
         checkpoint,
         device=ranks.device,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        shard=lambda unit: shard_unit(unit, ds_config),
+        shard=lambda unit: place(unit, ds_config),
         bring_to_first=bring_to_first,
         broadcast=broadcast_buffer,
-        keep=cache.keep if cache and manifest is None else None,
+        keep=keeps.keep if keeps else None,
     )
-    for digests in ranks.gather(checkpoint.digests):  # each read its part
+    start_errors: dict[str, tuple[float, float]] = {}
+    for digests, errors in ranks.gather((checkpoint.digests, _start_errors(model))):  # each read its part
         checkpoint.digests |= digests
-    if manifest is not None:
-        checkpoint.digests = digests_behind(manifest, checkpoint.digests, cached_at)
-    elif cache:
-        cache.finish(checkpoint.digests)
+        start_errors |= errors
     base_digest = checkpoint.digest()
+    if keeps is not None:
+        keeps.finish(checkpoint.stored_digests())
     if saved is not None:
         saved.check_base(base_digest)
     _check_agreement(model_selection_digest(model.model), ranks)
     policy, fallback = set_recomputation(model.model, recipe.training.activation_checkpointing)
-    return LoadedModel(model, counts, base_digest, saved.info if saved else None, flops, policy, fallback)
+    start = saved.info if saved else None
+    own_base = keeps if isinstance(keeps, RunBaseWriter) else None
+    return LoadedModel(model, counts, base_digest, start, flops, policy, fallback, start_errors, own_base)
+
+
+def _start_errors(model: CausalLM) -> dict[str, tuple[float, float]]:
+    return {m.name: m.start_errors for m in adapted_linears(model) if m.start_errors is not None}
 
 
 def _quantized_cache(

@@ -14,8 +14,9 @@ from lorasp.data.examples import Example
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.models.weights import load_config, locate_model
-from lorasp.planning import as_method, excess, plan, plans_that_fit
+from lorasp.planning import as_method, excess, plan, plans_that_fit, with_whole_base
 from lorasp.recipe import Recipe, RecipeError
+from lorasp.reporting.plan_text import format_whole_base
 from tests.distributed.launching import ROOT
 
 GIB = 2**30
@@ -89,6 +90,9 @@ def test_what_fits_is_found_and_the_fastest_comes_first():
     limit = 12 * GIB
     found = list(plans_that_fit(settings, config, limit_bytes=limit, **how))
     assert all(its.highest <= limit for _, its in found)
+    whole = [words[-1] == "deepspeed.config=zero2.json" for words, _ in found]
+    assert whole == sorted(whole, reverse=True) and whole[0]  # what gathers nothing of the base comes first
+    found = found[sum(whole) :]
     # Nothing needs to move to the host: what does comes last.
     moved = ["deepspeed.config=zero3_offload.json" in words for words, _ in found]
     assert moved == sorted(moved) and any(moved)
@@ -117,10 +121,25 @@ def test_sets_of_shards_in_each_node_are_tried_first_where_there_are_several_nod
     settings = recipe(length=256, micro=1, training={"global_batch_size": 16})
     config = load_config(locate_model(settings.model), settings.model)
     how = {"world_size": 16, "dtype": torch.bfloat16, "limit_bytes": 80 * GIB}
-    words, grouped = next(plans_that_fit(settings, config, **how))
-    assert words[-1] == "deepspeed.config=zero3_hpz.json"
+    found = [found for found in plans_that_fit(settings, config, **how) if "=selective" in found[0][0]]
+    (whole, _), (words, grouped) = found[:2]
+    assert whole[-1] == "deepspeed.config=zero2.json" and words[-1] == "deepspeed.config=zero3_hpz.json"
     plain = planned(settings, 16)
     assert grouped.phases["train"]["base_shard"] > 2.9 * plain.phases["train"]["base_shard"]  # 1/16 + 1/8 against 1/16
+
+
+def test_a_whole_base_costs_its_bytes_and_receives_none():
+    """13B on 8 ranks: 6.6 GiB of codes, scales, embedding and head on each, where an eighth would do."""
+    settings = recipe("llama-13b", length=512, micro=1)
+    sharded, whole = planned(settings, 8), planned(with_whole_base(settings), 8)
+    assert whole.phases["train"]["base_shard"] == pytest.approx(8 * sharded.phases["train"]["base_shard"], rel=1e-3)
+    assert whole.phases["train"]["gathered"] == whole.received_bytes == 0
+    for part in ("optimizer", "gradients", "masks", "activations"):
+        assert whole.phases["train"][part] == sharded.phases["train"][part]
+    stored = whole.phases["train"]["base_shard"] + whole.phases["train"]["adapters"] * 8 / 9
+    assert sharded.received_bytes == pytest.approx(2 * 7 / 8 * stored, rel=1e-3)
+    assert "it fits, and is the faster choice" in format_whole_base(sharded, whole, whole.highest)
+    assert "it does not fit" in format_whole_base(sharded, whole, whole.highest - 1)
 
 
 def test_kept_activations_that_wait_on_the_host_are_not_on_the_gpu():

@@ -313,7 +313,11 @@ def test_missing_files_are_told_before_anything_loads(write) -> None:
         ("{", "cannot be read as JSON"),
         ("[]", "has no section zero_optimization"),
         ("{}", "has no section zero_optimization"),
-        ('{"zero_optimization": {"stage": 2}}', "ZeRO stage 2 would keep the whole base on every rank; use stage 3"),
+        ('{"zero_optimization": {"stage": 1}}', "ZeRO stage 1 would keep the whole base and optimizer on every rank"),
+        (
+            '{"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1}}',
+            "stage3_max_live_parameters is of",
+        ),
         ('{"zero_optimization": {}}', "ZeRO stage 0 would keep the whole base"),
         (
             '{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}',

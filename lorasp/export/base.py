@@ -116,7 +116,7 @@ def _write(
     device: torch.device,
     on_unit: Callable[[], None],
 ) -> None:
-    checkpoint = Checkpoint(run.base)
+    checkpoint = run.open_base()
     tensors = _tensors(model, checkpoint, weight_of, dtype, device, on_unit)
     save_model(directory, tensors, None, prefix="", writes=True)
     run.check_base(checkpoint)

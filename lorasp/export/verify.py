@@ -14,7 +14,6 @@ from lorasp.data.alpaca import format_prompt
 from lorasp.finished_run import FinishedRun
 from lorasp.models.build import filled_units
 from lorasp.models.causal_lm import CausalLM
-from lorasp.models.weights import Checkpoint
 from lorasp.quantization import ShardedLinear
 
 _PROMPT_TOKENS = 64
@@ -161,7 +160,7 @@ def _to_fp32(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _dequantize_into(model: PreTrainedModel, run: FinishedRun, device: torch.device) -> None:
     """Gives the stock model the base that the adapter was trained on, whatever the format and block size."""
-    for unit in filled_units(run.build_on_meta().model, Checkpoint(run.base), device=device):
+    for unit in filled_units(run.build_on_meta().model, run.open_base(), device=device):
         for name, module in unit.module.named_modules(prefix=unit.name.removesuffix(".")):
             if isinstance(module, ShardedLinear):
                 module.dtype = torch.float32  # no rounding of what the codes, quantized by now, stand for

@@ -108,6 +108,12 @@ def _check_request(run: FinishedRun, export: Export) -> None:
         raise RecipeError(
             f"{run.base} is in 4 bit itself: there are no original weights to merge into; use --base dequantized"
         )
+    if run.has_own_base and (export.kind == "peft" or (export.kind == "merged" and export.base == "original")):
+        raise RecipeError(
+            f"{run.directory}: its adapter starts from what quantization took from the base (quantization.init: "
+            f"residual), which the original base still has; export --to bnb4bit, which holds both, or --to merged "
+            f"--base dequantized"
+        )
     if export.verify and export.kind != "merged" and util.find_spec("peft") is None:
         raise RecipeError("--verify loads the adapter with peft, which is not installed: pip install peft")
     try:

@@ -104,17 +104,17 @@ def fill_and_shard(
     The ranks share out a unit's linears, each whole: double quantization takes a mean over a tensor. What this rank
     does not read it allocates. `bring_to_first` gives rank 0 what another rank (its second argument) quantized, from
     where `shard` hands the unit out, and `broadcast` the buffers that stay whole. `keep`, for rank 0, is given each
-    unit's name and what was quantized of it, in bitsandbytes' layout.
+    unit's name and what is quantized of it, in bitsandbytes' layout.
 
     Raises RecipeError naming the tensors that are missing, unexpected or of another shape, before any is read.
     """
     for unit in filled_units(model.model, checkpoint, device=device, rank=rank, world_size=world_size, stays=False):
         for name, owner in _readers(unit, world_size, checkpoint).items():
             if owner != 0:
-                for _, tensor in model.model.get_submodule(name).base_tensors():
+                for _, tensor in model.model.get_submodule(name).filled_tensors():
                     bring_to_first(tensor, owner)
         if keep is not None:
-            keep(unit.name, _newly_packed(unit, checkpoint))
+            keep(unit.name, _packed(unit))
         for _, buffer in _scale_buffers(unit.module):
             broadcast(buffer)
         shard(unit.module)
@@ -154,11 +154,11 @@ def _linears(unit: Unit) -> Iterator[tuple[str, ShardedLinear]]:
             yield name, module
 
 
-def _newly_packed(unit: Unit, checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _packed(unit: Unit) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
         for name, linear in _linears(unit)
-        if _is_quantized_here(name, linear, checkpoint)
+        if linear.quantization.format != "none"
         for key, tensor in linear.packed().items()
     }
 
@@ -261,6 +261,11 @@ def _check_stored_quantization(config: PreTrainedConfig, ours: Quantization) -> 
             f"quantization: the weights of model.path are in {format} already, with{'' if double_quant else 'out'} "
             f"double quantization, which is not what the recipe asks for; set quantization.format={format} "
             f"quantization.double_quant={str(double_quant).lower()}, or give the unquantized model"
+        )
+    if ours.init == "residual":
+        raise RecipeError(
+            "quantization.init: the weights of model.path are in 4 bits already, so what was lost is not known; use "
+            "init: plain, or give the unquantized model"
         )
     if stored.get("bnb_4bit_quant_storage", "uint8") != "uint8":
         raise RecipeError("model.path: this checkpoint packs its codes in another type than uint8; save it with uint8")

@@ -41,6 +41,10 @@ class RandomWeights:
         self.digests |= {name: f"random {self._seed} {self._deviation} {self._shapes[name]}" for name in made}
         return made
 
+    def stored_digests(self) -> dict[str, str]:
+        """As `Checkpoint` has them: what each tensor read so far follows from."""
+        return self.digests
+
     def digest(self) -> str:
         """SHA-256 over what the weights follow from."""
         return hashlib.sha256(json.dumps(sorted(self.digests.items())).encode()).hexdigest()

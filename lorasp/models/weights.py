@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class Checkpoint:
         self._files = _files_by_tensor(directory)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.digests: dict[str, str] = {}
+        self._packed_base: tuple[Path, Mapping[str, Any], str] | None = None
         for file in sorted(set(self._files.values())):
             try:
                 with safe_open(file, framework="pt") as tensors:
@@ -167,17 +168,32 @@ class Checkpoint:
         files = sorted({os.path.realpath(file) for file in self._files.values()})
         return [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
 
-    def replace(self, directory: Path, tensors: Mapping[str, Sequence[Any]]) -> None:
-        """Has tensors read from files of `directory` instead, or besides: name -> (file, shape, …).
+    def replace(self, directory: Path, manifest: Mapping[str, Any], if_damaged: str) -> None:
+        """Has the tensors of a packed base (packed_base.py) read from `directory` instead, or besides.
 
-        The files need not be there for a rank that reads none of them.
+        The files need not be there for a rank that reads none of them. if_damaged: what to do about it.
         """
-        for name, (file, shape, *_) in tensors.items():
+        for name, (file, shape, _) in manifest["tensors"].items():
             self._files[name], self._shapes[name] = str(directory / file), tuple(shape)
+        self._packed_base = (directory, manifest, if_damaged)
+
+    def stored_digests(self) -> dict[str, str]:
+        """The digests of the checkpoint's own tensors, also of those for which a packed base was read.
+
+        Raises RecipeError unless what was read of that is what was written.
+        """
+        if self._packed_base is None:
+            return self.digests
+        directory, manifest, if_damaged = self._packed_base
+        tensors = manifest["tensors"]
+        wrong = [name for name, (_, _, digest) in tensors.items() if self.digests.get(name) != digest]
+        if wrong:
+            raise RecipeError(f"{directory} is damaged ({wrong[0]} has changed); {if_damaged}")
+        return {name: digest for name, digest in self.digests.items() if name not in tensors} | manifest["stored"]
 
     def digest(self) -> str:
         """SHA-256 over the names and digests of all tensors read: equal weights, equal digest."""
-        lines = (f"{name} {digest}" for name, digest in sorted(self.digests.items()))
+        lines = (f"{name} {digest}" for name, digest in sorted(self.stored_digests().items()))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -42,6 +42,17 @@ def format_plans(recipe: Recipe, plans: Mapping[str, Plan], dtype: torch.dtype, 
     return "\n".join(lines)
 
 
+def format_whole_base(sharded: Plan, whole: Plan, limit_bytes: int | None = None) -> str:
+    """When ZeRO's stage 2 is the better choice: each rank then holds the base `whole`, and receives none of it."""
+    told = (
+        f"each rank receives {gib(sharded.received_bytes)} GiB of shards a micro batch; deepspeed.config=zero2.json "
+        f"keeps the base whole on each and receives none, at a planned peak of {gib(whole.highest)} GiB"
+    )
+    if limit_bytes is None:
+        return f"{told}: the better choice where that fits"
+    return f"{told}: {'it fits, and is the faster choice' if whole.highest <= limit_bytes else 'it does not fit'}"
+
+
 def format_sweep(plans: Mapping[int, Mapping[int, Plan]]) -> str:
     """Peaks in GiB by length (rows) and ranks (columns)."""
     ranks = list(next(iter(plans.values())))

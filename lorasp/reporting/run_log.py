@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -105,6 +105,20 @@ class RunLog:
         self.console.info(
             f"model: {parameters['total']:,} parameters, {parameters['trained']:,} trained; base "
             f"{self._recipe.quantization.format}, {count_held()['base_shard'] / 2**20:.1f} MiB of it on rank 0"
+        )
+
+    def started(self, errors: Mapping[str, tuple[float, float]]) -> None:
+        """Tells, and keeps for the report, what quantization loses of the adapted linears, and what is left of that
+        with the start of their adapters (Eq. 3). errors: of each (before, after), as shares of the weight's norm.
+        """
+        if not any(plain for plain, _ in errors.values()):
+            return
+        plain, left = (statistics.mean(its[i] for its in errors.values()) for i in (0, 1))
+        worst = max(left / plain for plain, left in errors.values() if plain)
+        self._metrics |= {"quantization_error_plain": plain, "quantization_error_residual": left}
+        self.console.info(
+            f"base: quantization takes {plain:.4f} of a linear's norm, {left:.4f} with the start of its adapter (mean "
+            f"of {len(errors)} linears; {1 - left / plain:.1%} of that is made good, {1 - worst:.1%} at the least)"
         )
 
     def recomputes(self, config: PreTrainedConfig, dtype: torch.dtype, policy: str, fallback: str | None) -> None:

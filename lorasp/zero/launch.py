@@ -16,11 +16,15 @@ from torch import distributed as dist
 
 from lorasp.hashing import stream_key
 from lorasp.recipe import Recipe, RecipeError
-from lorasp.recipe_deepspeed import SHARD_GROUP, shard_group_size
+from lorasp.recipe_deepspeed import SHARD_GROUP, keeps_base_whole, shard_group_size
 
 # What an Accelerate default config (~/.cache/huggingface/accelerate) may hold that a recipe decides; the launcher
 # hands it on as variables, which DeepSpeedPlugin would read. RANK, WORLD_SIZE and the like are not among them.
 _LAUNCHER_SETTINGS = "ACCELERATE_"
+
+# Stage 2 on the engine of stage 3, whose state is what we read and write: what is trained stays gathered, and is
+# gathered again once a step, when it has changed. What is frozen never becomes ZeRO's (sharding.keep_unit_whole).
+_STAGE_2 = {"stage": 3, "stage3_param_persistence_threshold": 2**40, "stage3_max_reuse_distance": 0}
 
 # How many elements are gathered ahead of use, and so also kept between forward and backward. "auto": the largest
 # unit's. DeepSpeed counts elements as stored, packed codes among them: its default is the whole of a small model.
@@ -123,6 +127,8 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int) -> dic
     # Otherwise zero.Init replaces torch.nn.functional.linear for the whole process.
     config["zero_optimization"]["memory_efficient_linear"] = False
     config["steps_per_print"] = 2**31 - 1
+    if keeps_base_whole(recipe.deepspeed.config):
+        config["zero_optimization"] |= _STAGE_2
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     config["zero_optimization"][SHARD_GROUP] = shard_group_size(recipe.deepspeed.config, world_size, of_node)
     return config

@@ -31,6 +31,20 @@ def shard_unit(unit: nn.Module, config: dict) -> None:
             raise AssertionError(f"{name}: sharding turned {parameter.dtype} into {parameter.ds_tensor.dtype}")
 
 
+def keep_unit_whole(unit: nn.Module, config: dict) -> None:
+    """Gives every rank rank 0's values of what is frozen in `unit`, and shards what is trained (ZeRO's stage 2).
+
+    A frozen parameter becomes a buffer, which ZeRO leaves alone: registered as a parameter it would be sharded.
+    """
+    for module in unit.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                dist.broadcast(parameter.data, 0)
+                del module._parameters[name]
+                module.register_buffer(name, parameter)
+    shard_unit(unit, config)
+
+
 def _node_group(config: dict) -> dist.ProcessGroup | None:
     """The ranks that hold a whole set of shards among them; None where only all of them do.
 
@@ -110,8 +124,13 @@ def largest_unit_numel(model: nn.Module) -> int:
 
 
 def shard_bytes(parameter: nn.Parameter) -> int:
-    """Bytes that this rank keeps of a parameter: its shard with padding, and its part of the node's set if any."""
-    kept = [parameter.ds_tensor, getattr(parameter, "ds_secondary_tensor", None)]
+    """Bytes that this rank keeps of a parameter: its shard with padding, and its part of the node's set if any.
+
+    Of one that stays whole: all of it, besides the shard if it has one.
+    """
+    shards = (getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))
+    whole = parameter.data if getattr(parameter, "ds_persist", True) else None
+    kept = [*shards, whole]
     return sum(shard.numel() * shard.element_size() for shard in kept if shard is not None)
 
 

@@ -270,7 +270,7 @@ FAULTS = {
     "8-bit": (nothing, ["quantization=int8"], "8-bit is not supported: bitsandbytes keeps whole unsharded copies"),
     "float16": (nothing, ["model.dtype=float16"], "float16 is not supported: the chunked loss"),
     "batch on one rank": (nothing, ["training.micro_batch_size=3"], "8 is no multiple of training.micro_batch_size"),
-    "stage 2": (ds_config(stage=2), ["deepspeed.config=mine.json"], "ZeRO stage 2 would keep the whole base"),
+    "stage 1": (ds_config(stage=1), ["deepspeed.config=mine.json"], "ZeRO stage 1 would keep the whole base"),
     "zero_quantized_weights": (
         ds_config(zero_quantized_weights=True),
         ["deepspeed.config=mine.json"],

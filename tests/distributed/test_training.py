@@ -114,6 +114,15 @@ FAMILIES = {
     "no_recomputation": ("qwen2", {"training": {"activation_checkpointing": "none"}}),
     "lean": ("mistral", {"training": {"activation_checkpointing": "lean"}}),
     "offload": ("llama", {"ds_config": str(ROOT / "ds_configs" / "zero3_offload.json")}),
+    "base_whole": ("llama", {"ds_config": str(ROOT / "ds_configs" / "zero2.json")}),
+    "full_whole": (
+        "llama_tied",
+        {
+            "method": "full",
+            "training": {"learning_rate": 1e-3},
+            "ds_config": str(ROOT / "ds_configs" / "zero2.json"),
+        },
+    ),
     "decay": ("llama", {"training": {"weight_decay": 0.1}}),
     "quarter": ("llama", {"selection": {"fraction": 0.25}, "adapter": {"rank": 1, "target_modules": ["q_proj"]}}),
     "full": ("llama", {"method": "full", "training": {"learning_rate": 1e-3}}),
@@ -144,6 +153,9 @@ def two_ranks(models, no_prefetch, tmp_path_factory):
     jobs["sparse"] = job(
         models["llama"], micro=1, examples=SPARSE, gradients_of=A_RANK_WITHOUT, training={"global_batch_size": 2}
     )
+    whole = str(ROOT / "ds_configs" / "zero2.json")
+    jobs["gathers_base_whole"] = job(models["llama"], micro=4, gathers=True, **short | {"ds_config": whole})
+    jobs["residual"] = job(models["llama"], micro=4, steps=2, quantization={"init": "residual"})
     jobs["lora"] = job(models["llama"], micro=4, steps=2, method="lora")
     jobs["half_rank"] = job(models["llama"], micro=4, steps=2, method="lora", adapter={"rank": 4})
     return run_jobs(2, jobs, tmp_path_factory.mktemp("two"))
@@ -155,6 +167,7 @@ def one_rank(models, tmp_path_factory):
         "twice_the_batch": job(models["llama"], micro=8, gradients_of=0),
         "accumulation": job(models["llama"], micro=4, gradients_of=0),
         "memory_selective": job(models["llama"], micro=8, count_operations=True, steps=3),
+        "residual": job(models["llama"], micro=4, steps=2, quantization={"init": "residual"}),
         "more_accumulation": job(models["llama"], micro=2),
         "full_accumulation": job(models["llama"], micro=4, method="full", training={"learning_rate": 1e-3}),
     }
@@ -258,6 +271,28 @@ def test_a_set_of_shards_in_each_node_changes_no_number(four_ranks):
         assert_close(nodes["norms"], plain["norms"], 1e-6)
         assert nodes["held"]["base_shard"] == 3 * plain["held"]["base_shard"]
         assert nodes["held"]["optimizer"] == plain["held"]["optimizer"]
+
+
+def test_a_base_that_stays_whole_is_never_gathered(two_ranks):
+    """ZeRO's stage 2: every rank holds the base and what is trained; gradients and optimizer are shared out."""
+    for whole, sharded in zip(two_ranks["base_whole"], two_ranks["nf4"], strict=True):
+        assert_close(whole["losses"], sharded["losses"], 1e-6)
+        assert whole["base"] == {}  # nothing of it is a shard
+        assert whole["held"]["base_shard"] == pytest.approx(2 * sharded["held"]["base_shard"], rel=0.01)
+        assert whole["held"]["adapters"] == pytest.approx(3 * sharded["held"]["adapters"], rel=0.01)
+        for part in ("masks", "buffers", "gradients", "optimizer"):
+            assert whole["held"][part] == sharded["held"][part]
+    for rank in two_ranks["gathers_base_whole"]:
+        assert rank["gathers"] == {"0": [0], "1": [0], "2": [0]} and rank["gathered"] == 0
+
+
+def test_what_quantization_loses_is_fitted_the_same_on_one_rank_and_two(two_ranks, one_rank):
+    """On as many threads: Eq. 3's start is another one for each linear, wherever it is made."""
+    ours, one = two_ranks["residual"], one_rank["residual"][0]
+    for rank in ours:
+        assert_close(rank["losses"], one["losses"], 1e-5)
+        assert rank["base_digest"] == one["base_digest"] == two_ranks["nf4"][0]["base_digest"]
+    assert ours[0]["losses"][0] != pytest.approx(two_ranks["nf4"][0]["losses"][0], rel=1e-6)
 
 
 def test_the_batches_were_ragged_and_a_rank_had_no_label(two_ranks, four_ranks):

@@ -183,7 +183,7 @@ def base_shards(model) -> dict:
         for name, module in model.named_modules()
         if isinstance(module, ShardedLinear)
         for part, tensor in module.base_tensors()
-        if part in ("codes", "scales")
+        if part in ("codes", "scales") and hasattr(tensor, "ds_tensor")
     }
 
 
