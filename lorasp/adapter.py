@@ -10,15 +10,27 @@ and moments are as long as these vectors by construction. LoRA is the case in wh
 import fnmatch
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorasp.hashing import random_uniform, stream_key
-from lorasp.quantization import ShardedLinear
+from lorasp.quantization import DropoutSeeds, ShardedLinear
 from lorasp.recipe import Adapter, Quantization, RecipeError
 from lorasp.residual import fit_factors
 from lorasp.selection import select_entries, select_features, selection_digest
+
+
+@dataclass
+class ExamplesAtHand:
+    """The examples of a forward, one behind the other: tokens of each, and a key that is its own in this step.
+
+    A dropout mask belongs to an example, not to the rank or the row that it happens to be on.
+    """
+
+    lengths: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
 
 
 class AdaptedLinear(ShardedLinear):
@@ -68,6 +80,7 @@ class AdaptedLinear(ShardedLinear):
         start = random_uniform(stream_key(seed, name, "start of A"), rank * in_features, -bound, bound).to(dtype)
         self.A = nn.Parameter(self.A_selection.select(start.view(rank, in_features), A_bits).contiguous())
         self.B = nn.Parameter(torch.zeros(self.B_selection.count, dtype=dtype))
+        self.examples = ExamplesAtHand()
         self.start_errors: tuple[float, float] | None = None
         self.A_rest = None
         if adapter.frozen_entries == "init" and self.A_selection.count < start.numel():
@@ -135,11 +148,14 @@ class AdaptedLinear(ShardedLinear):
     def trained(self) -> tuple[nn.Parameter, ...]:
         return self.A, self.B
 
-    def draw_dropout(self) -> int | None:
-        """From torch's CPU generator, on the host: a mask is drawn again in backward, not kept."""
-        return int(torch.randint(2**62, ())) if self.training and self.dropout else None
+    def draw_dropout(self) -> DropoutSeeds | None:
+        """Of the examples at hand: a mask is drawn again in backward, not kept."""
+        if not (self.training and self.dropout):
+            return None
+        seeds = (stream_key(key, self.name, "dropout") for key in self.examples.keys)
+        return tuple(zip(self.examples.lengths, seeds, strict=True))
 
-    def project(self, rows: Tensor, seed: int | None = None) -> Tensor:
+    def project(self, rows: Tensor, seed: DropoutSeeds | None = None) -> Tensor:
         """rows [tokens, in] -> [tokens, out]: base and adapter in one, the update added in place."""
         y = super().project(rows)
         dropped = rows if seed is None else rows * self._dropout_mask(rows, seed)
@@ -150,7 +166,7 @@ class AdaptedLinear(ShardedLinear):
         return y.index_add_(1, outputs, low_rank @ B.t(), alpha=self.scale)
 
     def backward(
-        self, rows: Tensor, grad: Tensor, seed: int | None = None, into: Tensor | None = None
+        self, rows: Tensor, grad: Tensor, seed: DropoutSeeds | None = None, into: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """(gradient of `rows`, [of A, of B]); x·Aᵀ is made again, r/out of the base's product."""
         (inputs, A), (outputs, B) = self._factors()
@@ -197,10 +213,12 @@ class AdaptedLinear(ShardedLinear):
             for selection, narrow in zip((self.A_selection, self.B_selection), self._are_narrow(), strict=True)
         )
 
-    def _dropout_mask(self, rows: Tensor, seed: int) -> Tensor:
+    def _dropout_mask(self, rows: Tensor, seeds: DropoutSeeds) -> Tensor:
         """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""
-        generator = torch.Generator(rows.device).manual_seed(seed)
-        return torch.empty_like(rows).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
+        mask, generator = torch.ones_like(rows), torch.Generator(rows.device)
+        for part, (_, seed) in zip(mask.split([length for length, _ in seeds] or len(rows)), seeds, strict=False):
+            part.bernoulli_(1 - self.dropout, generator=generator.manual_seed(seed))
+        return mask.div_(1 - self.dropout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trained={self.A_selection.count}+{self.B_selection.count}"

@@ -346,7 +346,7 @@ def _make_fake(model: nn.Module) -> None:
             if module.quantization.format != "none":
                 module.dense_weight = _Dequantized(module)
             if getattr(module, "dropout", 0):
-                module.draw_dropout = lambda: 0  # a drawn number would have a value
+                module.draw_dropout = tuple  # whose mask is ones: a drawn number would have a value
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

@@ -24,6 +24,8 @@ from lorasp.recipe import Quantization
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
+DropoutSeeds = tuple[tuple[int, int], ...]  # (tokens, seed) of each example: a mask is a function of them
+
 _SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
 _QUANTIZED_AT_ONCE = 2**20  # weights; a multiple of every block size
 _scale_code: dict[torch.device, Tensor] = {}
@@ -210,18 +212,18 @@ class ShardedLinear(nn.Module):
         """The parameters that `backward` gives gradients of, in its order."""
         return tuple(p for p in (getattr(self, "weight", None), self.bias) if p is not None and p.requires_grad)
 
-    def draw_dropout(self) -> int | None:
-        """The seed of a fresh dropout mask on the adapter's input; None where nothing is dropped."""
+    def draw_dropout(self) -> DropoutSeeds | None:
+        """Of a fresh dropout mask on the adapter's input; None where nothing is dropped."""
         return None
 
     # What autograd functions of several linears are made of. They see no graph: plain tensors in, plain tensors out.
 
-    def project(self, rows: Tensor, seed: int | None = None) -> Tensor:
+    def project(self, rows: Tensor, seed: DropoutSeeds | None = None) -> Tensor:
         """rows [tokens, in] -> [tokens, out], new memory. seed: see `draw_dropout`."""
         return F.linear(rows, self.dense_weight(), self.bias)
 
     def backward(
-        self, rows: Tensor | None, grad: Tensor, seed: int | None = None, into: Tensor | None = None
+        self, rows: Tensor | None, grad: Tensor, seed: DropoutSeeds | None = None, into: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """(gradient of `rows` [tokens, in], those of `trained()`) from `grad` [tokens, out].
 
@@ -255,7 +257,7 @@ class _ProjectionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, module: ShardedLinear, seed: int | None, *trained: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, module: ShardedLinear, seed: DropoutSeeds | None, *trained: Tensor) -> Tensor:
         ctx.module, ctx.seed, ctx.shape = module, seed, x.shape
         ctx.save_for_backward(x if module.needs_input else None)
         return module.project(x.reshape(-1, x.shape[-1]), seed).view(*x.shape[:-1], -1)

@@ -7,7 +7,7 @@ whole: so no rank asks another for anything.
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 
 from lorasp.data.examples import Example
 from lorasp.data.order import SampleOrder
+from lorasp.hashing import stream_key
 
 Item = TypeVar("Item")
 
@@ -34,6 +35,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each example
     label_counts: tuple[int, ...]  # labels of each example; `labels` holds them in this order
     rows: tuple[int, ...]  # which examples of the data set
+    keys: tuple[int, ...] = ()  # of each example in this step, for its dropout masks; none outside training
 
     def model_inputs(self, device: torch.device | str) -> dict[str, Any]:
         """What `CausalLM.forward` takes, with the tensors on `device`."""
@@ -44,7 +46,7 @@ class Batch:
             "labels": self.labels,
         }
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return {**moved, "example_lengths": self.lengths}
+        return {**moved, "example_lengths": self.lengths, "example_keys": self.keys}
 
 
 class TrainingStep(NamedTuple):
@@ -124,11 +126,17 @@ def training_batches(
         yield TrainingStep(
             step=step,
             # Slot = accumulation step * world size + rank: a short global batch fills the first forward of all ranks.
-            micro_batches=[collate(examples, list(chain(*slot))) for slot in slots[rank::world_size]],
+            micro_batches=[
+                _keyed(collate(examples, list(chain(*slot))), order, step) for slot in slots[rank::world_size]
+            ],
             label_count=sum(examples[row].label_count for unit in units for row in unit),
             token_count=sum(lengths),
             computed_count=sum(lengths) + sum(not slot for slot in slots),
         )
+
+
+def _keyed(batch: Batch, order: SampleOrder, step: int) -> Batch:
+    return replace(batch, keys=tuple(stream_key(order.seed, "example", step, row) for row in batch.rows))
 
 
 def evaluation_batches(examples: Sequence[Example], micro_batch_size: int, rank: int, world_size: int) -> list[Batch]:

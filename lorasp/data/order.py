@@ -45,7 +45,7 @@ class SampleOrder:
     ) -> None:
         self.global_batch_size = global_batch_size
         self._lengths = lengths
-        self._seed = seed
+        self.seed = seed
         # (examples, visits an epoch) of each source
         self._sources = [(count, max(1, round(count * weight))) for count, weight in sources or [(len(lengths), 1.0)]]
         self._pack_to = pack_to
@@ -77,7 +77,7 @@ class SampleOrder:
         for source, (count, visits) in enumerate(self._sources):
             drawn += [first + index for index in self._draw(source, count, epoch * visits, (epoch + 1) * visits)]
             first += count
-        shuffled = permutation(stream_key(self._seed, "sample order", epoch), len(drawn)).tolist()
+        shuffled = permutation(stream_key(self.seed, "sample order", epoch), len(drawn)).tolist()
         return [drawn[index] for index in shuffled[: self._visits[epoch]]]
 
     def largest_units(self, examples: Sequence[Example], count: int) -> list[Example]:
@@ -103,14 +103,14 @@ class SampleOrder:
             if taken == count:
                 drawn += range(count)
             else:
-                drawn += permutation(stream_key(self._seed, "source", source, done), count)[at : at + taken].tolist()
+                drawn += permutation(stream_key(self.seed, "source", source, done), count)[at : at + taken].tolist()
             start += taken
         return sorted(drawn)
 
     def _packs(self, epoch: int) -> list[Unit]:
         visited = self.examples_of(epoch)
         packs = pack([self._lengths[row] for row in visited], self._pack_to)
-        shuffled = permutation(stream_key(self._seed, "pack order", epoch), len(packs)).tolist()
+        shuffled = permutation(stream_key(self.seed, "pack order", epoch), len(packs)).tolist()
         return [tuple(visited[index] for index in packs[number]) for number in shuffled]
 
     def _units(self, epoch: int) -> list[Unit]:
@@ -131,7 +131,7 @@ class SampleOrder:
             window = sorted(visited[start : start + size * _SORTED_TOGETHER], key=lambda row: self._lengths[row])
             groups += [window[at : at + size] for at in range(0, len(window), size)]
         tail = [groups.pop()] if groups and len(groups[-1]) < size else []
-        order = permutation(stream_key(self._seed, "length groups", epoch), len(groups)).tolist()
+        order = permutation(stream_key(self.seed, "length groups", epoch), len(groups)).tolist()
         return [*visited[:head], *itertools.chain(*(groups[index] for index in order), *tail)]
 
 

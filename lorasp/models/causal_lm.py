@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorasp.adapter import ExamplesAtHand, adapted_linears
+
 # Rows of logits at a time: 64 MiB in fp32 for a vocabulary of 128 k. Chunks of 8 would give a fifth of the speed (15
 # against 47 to 70 GFLOP/s on a CPU core).
 _CHUNK_ROWS = 128
@@ -115,6 +117,9 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.offload_activations = offload_activations
+        self._examples = ExamplesAtHand()
+        for linear in adapted_linears(model):
+            linear.examples = self._examples
         head = model.get_output_embeddings()
         model.set_output_embeddings(Head(head.weight, head.bias))
 
@@ -126,12 +131,14 @@ class CausalLM(nn.Module):
         positions: Tensor,
         labels: Tensor | None = None,
         score: bool = False,
+        example_keys: tuple[int, ...] = (),
     ) -> Tensor | tuple:
         """input_ids and position_ids int64 [1, T]: examples one behind the other, positions restarting at 0.
 
         positions int64 [rows]: places in 0..T-1 whose hidden state predicts; labels int64 [rows]. Returns what `Head`
-        returns for them.
+        returns for them. example_keys: of their dropout masks.
         """
+        self._examples.lengths, self._examples.keys = example_lengths, example_keys or (0,) * len(example_lengths)
         decoder = self.model.get_decoder()
         kept = contextlib.nullcontext()
         if self.offload_activations:

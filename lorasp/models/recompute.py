@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorasp.models.attention import attend_each
-from lorasp.quantization import ShardedLinear
+from lorasp.quantization import DropoutSeeds, ShardedLinear
 from lorasp.recipe import Quantization
 
 _PARTS = {
@@ -86,7 +86,9 @@ class _NormQKV(torch.autograd.Function):
     """x [1, T, hidden] -> q, k, v [1, heads, T, head], q and k rotated. Keeps x and the norm's 1/rms [T, 1]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: RecomputingForward, seed: int | None, cos: Tensor, sin: Tensor, *trained):
+    def forward(
+        ctx, x: Tensor, layer: RecomputingForward, seed: DropoutSeeds | None, cos: Tensor, sin: Tensor, *trained
+    ):
         ctx.layer, ctx.seed = layer, seed
         rows = x[0]
         rstd = _rstd(rows, layer.norms[0])
@@ -119,7 +121,9 @@ class _OutputAndResidual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, linear: ShardedLinear, seed: int | None, count: int, *outs_and_trained: Tensor):
+    def forward(
+        ctx, x: Tensor, linear: ShardedLinear, seed: DropoutSeeds | None, count: int, *outs_and_trained: Tensor
+    ):
         outs = outs_and_trained[:count]
         ctx.linear, ctx.seed = linear, seed
         ctx.lengths = [out.shape[2] for out in outs]
@@ -140,7 +144,13 @@ class _NormMlpAndResidual(torch.autograd.Function):
     """x + W_down·(act(gate) ⊙ up), gate and up of norm(x) [1, T, hidden]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: RecomputingForward, seeds: tuple[int | None, int | None], *trained: Tensor):
+    def forward(
+        ctx,
+        x: Tensor,
+        layer: RecomputingForward,
+        seeds: tuple[DropoutSeeds | None, DropoutSeeds | None],
+        *trained: Tensor,
+    ):
         ctx.layer, ctx.seeds = layer, seeds
         rows = x[0]
         rstd = _rstd(rows, layer.norms[1])
@@ -277,7 +287,7 @@ def _trained(norm: nn.Module, *linears: ShardedLinear) -> tuple[nn.Parameter, ..
     )
 
 
-def _shared_seed(linears: Sequence[ShardedLinear]) -> int | None:
+def _shared_seed(linears: Sequence[ShardedLinear]) -> DropoutSeeds | None:
     """Linears that read the same input share one dropout mask: it is made once an input."""
     return next((seed for seed in (linear.draw_dropout() for linear in linears) if seed is not None), None)
 
