@@ -5,32 +5,40 @@ accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quic
 torchrun --nproc_per_node 2 launch/train.py recipes/quickstart.yaml
 """
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
-from lorasp.cli import STOPPED, recipe_from_command_line, run_reporting_errors
+from lorasp.cli import PREEMPTED, STOPPED, recipe_from_command_line, run_reporting_errors
+from lorasp.health import Preempted, listen_for_signals
 
 
 def main() -> int:
+    listen_for_signals()
     recipe = recipe_from_command_line(__doc__)
 
     # The recipe is known to be good before anything heavy is imported.
     from lorasp.accounting import held_bytes
-    from lorasp.checkpoint import load_adapter
+    from lorasp.agreement import Agreement
+    from lorasp.checkpoint import load_adapter, write_text_whole
     from lorasp.data.batches import training_batches
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
+    from lorasp.reporting.console import Console
     from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
+    from lorasp.resume import LEFT, Checkpoints, RunState, agreed_checkpoint, find_checkpoint, newest_checkpoint
     from lorasp.run import (
+        adapter_info,
         answer_samples,
         claim_run_directory,
         clear_run_directory,
         compute_dtype,
+        data_digests,
         fetch_data,
         find_model,
         load_model,
@@ -40,14 +48,16 @@ def main() -> int:
         score,
     )
     from lorasp.timing import matrix_product_limit
-    from lorasp.trainer import NonFiniteLoss, train
+    from lorasp.trainer import NonFiniteLoss, every, train
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
 
     training = recipe.training
     dtype = compute_dtype(recipe)
     ranks = start_ranks(recipe, dtype)
-    run_dir = claim_run_directory(recipe, ranks)
+    warn = Console(ranks.is_main).warn
+    resumed = agreed_checkpoint(ranks, lambda: find_checkpoint(recipe, warn))
+    run_dir = claim_run_directory(recipe, ranks, resumes=resumed is not None)
     product_limit = matrix_product_limit(ranks.device, dtype)  # before anything is measured
     log = RunLog(recipe, ranks, run_dir)
     log.console.info(f"{recipe.name}: {recipe.method}, {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
@@ -58,6 +68,8 @@ def main() -> int:
     directory = find_model(recipe, ranks)
     fetch_data(recipe, ranks)
     data = read_data(recipe, directory)
+    if resumed is not None:
+        resumed.state.check_data(data_digests(data), resumed.path)
     tokenizer = data.tokenizer
     order = data.order(recipe)
     check_profile(recipe.profile, order.total_steps)
@@ -72,9 +84,9 @@ def main() -> int:
         log.planned(planned)
 
     with log.phase("load"):
-        loaded = load_model(recipe, directory, ranks, dtype, log.console.info, run_dir)
+        loaded = load_model(recipe, directory, ranks, dtype, log.console.info, run_dir, resumed)
         engine = Engine(ranks, loaded.model, training)
-        if recipe.adapter.init_from is not None:  # what a bf16 model holds of it is rounded
+        if recipe.adapter.init_from is not None and resumed is None:  # what a bf16 model holds of it is rounded
             engine.set_trained_values(load_adapter(recipe.adapter.init_from, recipe).trained_values(loaded.model))
         log.model_loaded(asdict(loaded.counts), lambda: held_bytes(loaded.model, engine))
         log.started(loaded.start_errors)
@@ -97,13 +109,27 @@ def main() -> int:
         with log.phase("evaluate", ANSWERING):
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
 
-    saved_at: list[int] = []
-
     def save(step: int) -> None:
         with log.phase("save"):
             path = save_result(run_dir, recipe, loaded, engine, tokenizer, step, writes=ranks.is_main)
-        saved_at.append(step)
         log.console.info(f"saved {path} at step {step}")
+
+    checkpoints = Checkpoints(run_dir, recipe.checkpoint, is_main=ranks.is_main, warn=log.console.warn)
+    agreement = Agreement()
+
+    def checkpoint(step: int) -> None:
+        state = RunState.of(
+            step,
+            recipe,
+            base_digest=loaded.base_digest,
+            data=data_digests(data),
+            world_size=ranks.world_size,
+            log=log.state(samples),
+        )
+        with log.phase("save"):
+            checkpoints.save(state, engine, adapter_info(recipe, loaded, step), loaded.model)
+        if agreement.leaves:
+            raise Preempted(step)
 
     if recipe.rehearse:
         with log.phase("rehearse_train"):
@@ -120,17 +146,24 @@ def main() -> int:
             rehearse_save(
                 run_dir,
                 lambda path: save_result(path, recipe, loaded, engine, tokenizer, 0, writes=ranks.is_main),
-                replaces=(training.save_every or order.total_steps) < order.total_steps,
+                more_bytes=checkpoints.more_bytes(loaded.counts.trained),
                 is_main=ranks.is_main,
             )
         log.rehearsed()
-    clear_run_directory(run_dir, ranks)  # only now can nothing be refused any more
-    if loaded.own_base is not None:
-        loaded.own_base.place()
-
-    if recipe.evaluation.before:
-        evaluate(0)
-        answer("before")
+    # Only now can nothing be refused any more.
+    start_step = 0
+    if resumed is None:
+        clear_run_directory(run_dir, ranks)
+        if loaded.own_base is not None:
+            loaded.own_base.place()
+        if recipe.evaluation.before:
+            evaluate(0)
+            answer("before")
+    else:
+        resumed.restore(engine)
+        (run_dir / LEFT).unlink(missing_ok=True)
+        start_step, samples = resumed.state.step, resumed.state.log["samples"]
+        log.resume(resumed.state.log, start_step, resumed.state.world_size)
 
     batches = training_batches(
         data.train.examples,
@@ -138,6 +171,7 @@ def main() -> int:
         micro_batch_size=training.micro_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        start_step=start_step,
     )
     batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
     try:
@@ -151,19 +185,40 @@ def main() -> int:
                 world_size=ranks.world_size,
                 on_step=log.stepped,
                 on_log=log.trained,
-                every=[(training.evaluate_every, evaluate), (training.save_every, save)],
+                when=[
+                    (every(training.evaluate_every), evaluate),
+                    (lambda step: agreement.saves(ranks.is_main and checkpoints.is_due(step)), checkpoint),
+                ],
             )
         status = "finished"
     except NonFiniteLoss as stopped:
         # Weights that gave no finite loss are not worth keeping, and must not replace those that did.
-        if stopped.weights_are_good and stopped.step - 1 not in saved_at:
-            save(stopped.step - 1)
-        kept = f"kept is what step {saved_at[-1]} saved" if saved_at else "nothing was saved (training.save_every)"
+        checkpoints.wait()
+        kept_step = stopped.step - 1 if stopped.weights_are_good else None
+        last = agreed_checkpoint(ranks, lambda: newest_checkpoint(run_dir, warn))
+        if kept_step is None and last is not None:
+            last.restore(engine)
+            kept_step = last.state.step
+        kept = "nothing was saved (checkpoint.every_steps)"
+        if kept_step is not None:
+            save(kept_step)
+            kept = f"kept is what step {kept_step} gave"
         log.console.warn(f"{stopped}; {kept}")
         status = f"stopped: {stopped}; {kept}"
+    except Preempted as left:
+        checkpoints.wait()
+        if ranks.is_main:
+            write_text_whole(
+                run_dir / LEFT, json.dumps({"step": left.step, "checkpoint": str(checkpoints.path(left.step))})
+            )
+        log.console.info(f"{left}; the same command goes on from there")
+        stop_ranks(ranks)
+        return PREEMPTED
 
     if status == "finished":
+        checkpoint(order.total_steps)
         save(order.total_steps)
+        checkpoints.wait()
         evaluate(order.total_steps)
         answer("after")
     log.finish(

@@ -22,6 +22,7 @@ from lorasp.adapter import AdaptedLinear, adapted_linears, model_selection_diges
 from lorasp.recipe import Quantization, Recipe, RecipeError
 
 ADAPTER_FILE = "adapter.safetensors"
+CHECKPOINTS = "checkpoints"  # in a run's directory
 _FORMAT = "lorasp-adapter-2"
 _MODEL_SHARD_BYTES = 4 * 2**30
 
@@ -84,7 +85,10 @@ class SavedAdapter:
     @property
     def own_base_of(self) -> Path | None:
         """The directory of the run that keeps this adapter's base; None where the model's is quantized anew."""
-        return self.path.parent.parent if self.info.quantization.get("init") == "residual" else None
+        if self.info.quantization.get("init") != "residual":
+            return None
+        holder = self.path.parent.parent  # a run, or one of its checkpoints (resume.py)
+        return holder.parent.parent if holder.parent.name == CHECKPOINTS else holder
 
     def apply(self, model: nn.Module) -> None:
         """Puts values and S into the model's adapters, before it is sharded.
@@ -178,23 +182,34 @@ def save_adapter(
 
     writes: rank 0 only; the others take part in the gathers. Raises RecipeError when the disk refuses.
     """
+    tensors = collect_adapter(model, values, keeps=writes)
+    if writes:
+        write_adapter(directory, info, tensors)
+
+
+def collect_adapter(model: nn.Module, values: Iterable[tuple[str, Tensor]], *, keeps: bool) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, on the CPU; nothing without `keeps`. Collective, as `values` is."""
     linears = list(adapted_linears(model))
     module_names = {id(module): name for name, module in model.named_modules()}
     own_names = {module_names[id(linear)]: linear.name for linear in linears}
     tensors: dict[str, Tensor] = {}
     for name, value in values:
         module_name, _, part = name.rpartition(".")
-        if writes:
+        if keeps:
             tensors[f"{own_names[module_name]}.{part}"] = value.contiguous()
     for linear in linears:
         rest = _gathered(linear.A_rest) if linear.A_rest is not None else None
-        if writes:
+        if keeps:
             tensors[f"{linear.name}.A_bits"] = linear.A_bits.cpu()
             tensors[f"{linear.name}.B_bits"] = linear.B_bits.cpu()
             if rest is not None:
                 tensors[f"{linear.name}.A_rest"] = rest
-    if writes:
-        write_tensors_whole(directory / ADAPTER_FILE, tensors, {"lorasp": json.dumps(asdict(info))})
+    return tensors
+
+
+def write_adapter(directory: Path, info: AdapterInfo, tensors: dict[str, Tensor]) -> None:
+    """Writes what `collect_adapter` gave, whole. Raises RecipeError when the disk refuses."""
+    write_tensors_whole(directory / ADAPTER_FILE, tensors, {"lorasp": json.dumps(asdict(info))})
 
 
 def save_model(

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from lorasp.health import stop_listening
 from lorasp.host_memory import map_large_blocks_apart
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.recipe_loading import load_recipe
 
 BAD_INPUT = 2
 STOPPED = 3
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from where it was
 INTERRUPTED = 130  # Ctrl-C, as shells have it
 _OTHERS_WAIT_SECONDS = 10
 _LAUNCHER_ENDS_RANKS_SECONDS = 3
@@ -61,6 +63,7 @@ def run_reporting_errors(main: Callable[[], int]) -> int:
         sys.stdout.flush()
         os._exit(INTERRUPTED)
     except Exception as error:
+        stop_listening()  # the launcher is to end this rank when another one has ended
         fault = _fault_of_the_user(error)
         if fault is None:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -231,9 +231,17 @@ class Training(Section):
     # kept_bytes_per_token. none: all; selective: no product is repeated; lean: gate and up are; layer: all are.
     activation_checkpointing: Literal["none", "selective", "lean", "layer"] = "selective"
     offload_activations: bool = False  # what is kept waits in the host's memory: for GPUs; not with `layer`
-    log_every: Count = 10  # steps, as are the next two
+    log_every: Count = 10  # steps, as is the next
     evaluate_every: Count | None = None
-    save_every: Count | None = None
+
+
+class Checkpointing(Section):
+    """The run's whole state on disk, to go on from: see resume.py. One is written at the end in any case."""
+
+    every_steps: Count | None = None
+    every_minutes: Positive | None = None
+    keep_last: Count = 2
+    keep_best: bool = True  # also the one with the lowest held-out loss, of those written at an evaluated step
 
 
 class Evaluation(Section):
@@ -294,6 +302,10 @@ class Recipe(Section):
     name: str = "run"  # of a recipe file: its stem
     output_dir: str = "runs"
     overwrite: bool = False  # replaces an earlier run of that name
+    # auto: goes on from the newest whole checkpoint of a run that has not ended, on any number of ranks; never; or the
+    # directory of a checkpoint.
+    resume: str = "auto"
+    deterministic: bool = False  # on GPUs: kernels that sum in the same order each time, where there are such; slower
     rehearse: bool = True  # runs the largest step, evaluation and save before the first step, and leaves no trace
     seed: int = 0
     method: Literal["lorasp", "lora", "full"] = "lorasp"
@@ -303,6 +315,7 @@ class Recipe(Section):
     quantization: Quantization = Quantization()
     data: Data
     training: Training = Training()
+    checkpoint: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
     deepspeed: DeepSpeed = DeepSpeed()
     tracking: Tracking = Tracking()

@@ -78,15 +78,20 @@ def rehearse_answers(engine: Engine, prompts: list[list[int]], max_new_tokens: i
         next_token_logits(engine, [prompt + prompt[-1:] * (max_new_tokens - 1) for prompt in prompts], device)
 
 
-def rehearse_save(run_dir: Path, save: Callable[[Path], None], *, replaces: bool, is_main: bool) -> None:
+def rehearse_save(run_dir: Path, save: Callable[[Path], None], *, more_bytes: int, is_main: bool) -> None:
     """Saves below `run_dir` and removes it again: shows that the disk takes it. Collective.
 
-    replaces: whether the run saves more than once; the old copy stays until the new one is whole, so that takes two.
+    more_bytes: of checkpoints besides. Raises RecipeError where the disk has no room for them.
     """
     directory = run_dir / "rehearsal"
     try:
-        for _ in range(1 + replaces):
-            save(directory)
+        save(directory)
+        free = shutil.disk_usage(run_dir).free
+        if is_main and free < more_bytes:
+            raise RecipeError(
+                f"checkpoint: {run_dir} is to hold up to {more_bytes / 2**30:.3g} GiB of checkpoints, and "
+                f"{free / 2**30:.3g} GiB are free; free space, lower checkpoint.keep_last, or name another output_dir"
+            )
         dist.barrier()
     finally:
         if is_main:

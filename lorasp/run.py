@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasp.accounting import ParameterCounts, TrainingFlops, count_flops, count_parameters
 from lorasp.adapter import adapted_linears, model_selection_digest
-from lorasp.checkpoint import AdapterInfo, SavedAdapter, load_adapter, replacing_whole, save_adapter, save_model
+from lorasp.checkpoint import (
+    CHECKPOINTS,
+    AdapterInfo,
+    SavedAdapter,
+    load_adapter,
+    replacing_whole,
+    save_adapter,
+    save_model,
+)
 from lorasp.data.batches import Batch
 from lorasp.data.load import RunData, download_data, load_data
 from lorasp.data.random_tokens import random_tokens
@@ -32,12 +40,13 @@ from lorasp.planning import NoPlan, Plan, excess, plan
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.recipe_deepspeed import keeps_base_whole
+from lorasp.resume import LEFT, Found
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
 from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_whole, shard_unit
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
-_OURS = (*_RESULTS, "base", "report.md", "plots", "tensorboard", "profile", "export")
+_OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export")
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -56,14 +65,17 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return getattr(torch, recipe.model.dtype)
 
 
-def claim_run_directory(recipe: Recipe, ranks: Ranks) -> Path:
+def claim_run_directory(recipe: Recipe, ranks: Ranks, resumes: bool = False) -> Path:
     """The run's directory, made and writable; what an earlier run left there is not touched.
 
-    Raises RecipeError if that is so without `overwrite`, or the directory cannot be written.
+    Raises RecipeError if that is so without `overwrite`, unless this one `resumes` it, or the directory cannot be
+    written.
     """
     run_dir = recipe.run_dir
     found = [name for name in _RESULTS if (run_dir / name).exists()]
-    if found and not recipe.overwrite:
+    if any((run_dir / CHECKPOINTS).glob("step-*")):
+        found.append(CHECKPOINTS)
+    if found and not (recipe.overwrite or resumes):
         raise RecipeError(
             f"{run_dir} holds another run ({', '.join(found)}); give this one a name=… of its own, or set "
             f"overwrite=true to replace that one"
@@ -164,17 +176,20 @@ def load_model(
     dtype: torch.dtype,
     tell: Callable[[str], None] = lambda line: None,
     run_dir: Path | None = None,
+    resumed: Found | None = None,
 ) -> LoadedModel:
     """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError.
 
     tell: is given a line about where the quantized base comes from, or is kept. run_dir: where a base is written that
-    `quantization.init: residual` makes; None where nothing is trained on it.
+    `quantization.init: residual` makes; None where nothing is trained on it. resumed: from whose adapter, if it has
+    one, the model starts; the rest of its state is the engine's.
     """
     config = load_config(directory, recipe.model)
     checkpoint = open_weights(directory, recipe)
     saved: SavedAdapter | None = None
-    if recipe.adapter.init_from is not None:
-        saved = load_adapter(recipe.adapter.init_from, recipe)
+    starts_from = resumed.adapter if resumed else recipe.adapter.init_from
+    if starts_from is not None:
+        saved = load_adapter(starts_from, recipe)
     model = build_on_meta(config, recipe, dtype)
     if saved is not None:
         saved.apply(model)
@@ -186,7 +201,7 @@ def load_model(
     if recipe.quantization.init == "residual":
         if saved is not None:
             use_run_base(checkpoint, saved.own_base_of)
-        keeps = RunBaseWriter(run_dir) if run_dir is not None and ranks.is_main else None
+        keeps = RunBaseWriter(run_dir) if run_dir is not None and ranks.is_main and not resumed else None
     else:
         cache = _quantized_cache(recipe, model, checkpoint, dtype, ranks, tell)
         manifest, cached_at = ranks.gather((cache.found(), cache.path) if cache else (None, None))[0]
@@ -213,11 +228,18 @@ def load_model(
     base_digest = checkpoint.digest()
     if keeps is not None:
         keeps.finish(checkpoint.stored_digests())
+    if resumed is not None and resumed.state.base_digest != base_digest:
+        raise RecipeError(
+            f"resume: {resumed.path} was trained on another base than {directory} holds now (digest "
+            f"{resumed.state.base_digest[:12]}, now {base_digest[:12]}); give the weights that it began with"
+        )
     if saved is not None:
         saved.check_base(base_digest)
     _check_agreement(model_selection_digest(model.model), ranks)
     policy, fallback = set_recomputation(model.model, recipe.training.activation_checkpointing)
     start = saved.info if saved else None
+    if start and resumed:  # this run counts on from its own first step
+        start = replace(start, step=start.step - resumed.state.step)
     own_base = keeps if isinstance(keeps, RunBaseWriter) else None
     return LoadedModel(model, counts, base_digest, start, flops, policy, fallback, start_errors, own_base)
 
@@ -254,6 +276,25 @@ def _check_agreement(selection_digest: str, ranks: Ranks) -> None:
         )
 
 
+def data_digests(data: RunData) -> dict[str, str]:
+    """By which a checkpoint knows the rows that it was trained on."""
+    return {kind: its["digest"] for kind, its in data.report().items() if "digest" in its}
+
+
+def adapter_info(recipe: Recipe, loaded: LoadedModel, step: int) -> AdapterInfo | None:
+    """Of the adapter after `step` of this run; None with `method: full`."""
+    start = loaded.start
+    if recipe.method == "full":
+        return None
+    return AdapterInfo.of(
+        recipe,
+        loaded.model,
+        base_digest=loaded.base_digest,
+        selection_seed=start.seed if start else recipe.seed,
+        step=step + (start.step if start else 0),
+    )
+
+
 def save_result(
     run_dir: Path,
     recipe: Recipe,
@@ -266,15 +307,8 @@ def save_result(
 ) -> Path:
     """Writes what the run trained: `adapter/`, or with `method: full` the whole model as `model/`. Collective."""
     values = engine.trained_values()
-    start = loaded.start
-    if recipe.method != "full":
-        info = AdapterInfo.of(
-            recipe,
-            loaded.model,
-            base_digest=loaded.base_digest,
-            selection_seed=start.seed if start else recipe.seed,
-            step=step + (start.step if start else 0),
-        )
+    info = adapter_info(recipe, loaded, step)
+    if info is not None:
         save_adapter(run_dir / "adapter", info, loaded.model, values, writes=writes)
         return run_dir / "adapter"
     with replacing_whole(run_dir / "model", writes=writes) as directory:

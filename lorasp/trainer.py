@@ -65,13 +65,13 @@ def train(
     world_size: int,
     on_step: Callable[[int], None],
     on_log: Callable[[LogPoint], None],
-    every: Iterable[tuple[int | None, Callable[[int], None]]],
+    when: Iterable[tuple[Callable[[int], bool], Callable[[int], None]]],
 ) -> None:
-    """Runs the optimizer `steps`. `every` pairs an interval in steps with what is then called; `on_step` and `on_log`
-    come before that.
+    """Runs the optimizer `steps`. `when` pairs what tells, on all ranks alike, after which steps something is called
+    with what that is; `on_step` and `on_log` come before that.
 
     The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
-    divided by their number N. Raises NonFiniteLoss on all ranks at the same step. What is called of `every`, and the
+    divided by their number N. Raises NonFiniteLoss on all ranks at the same step. What is called of `when`, and the
     caller afterwards, finds weights whose own loss was finite: a step's loss is that of the weights before its update.
     """
     unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
@@ -94,7 +94,7 @@ def train(
         step = current.step + 1
         on_step(step)
         # After the last step the caller does all of it anyway.
-        due = [action for interval, action in every if interval and step % interval == 0 and step < total_steps]
+        due = [action for is_due, action in when if is_due(step)] if step < total_steps else []
         if step % training.log_every == 0 or step == total_steps or due:
             losses, norms = _read(unread)
             seconds = time.perf_counter() - since
@@ -120,6 +120,11 @@ def train(
                 action(step)
                 engine.train_mode(True)
             since = time.perf_counter()
+
+
+def every(steps: int | None) -> Callable[[int], bool]:
+    """Whether a step is one of every so many; none is, of None."""
+    return lambda step: steps is not None and step % steps == 0
 
 
 def _timed(steps: Iterable[TrainingStep], timer: PartTimer) -> Iterator[TrainingStep]:

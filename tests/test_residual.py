@@ -12,6 +12,7 @@ from lorasp.models.demo import convert_demo_model
 from lorasp.models.weights import Checkpoint
 from lorasp.recipe import Adapter, Quantization, Recipe, RecipeError
 from lorasp.residual import fit_factors
+from tests.tiny_models import save_model
 
 
 def problem(out=40, inner=56, rank=6, seed=0):
@@ -154,4 +155,4 @@ def test_a_base_of_a_run_that_is_not_there_is_named(tmp_path):
     from lorasp.models.packed_base import use_run_base
 
     with pytest.raises(RecipeError, match=r"base is not there, or not whole: the adapter was trained on a base of"):
-        use_run_base(None, tmp_path)
+        use_run_base(Checkpoint(save_model("llama_tied", tmp_path / "model")), tmp_path)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorasp.models.demo import flush_to_disk
+from lorasp.models.random_weights import RandomWeights
 from lorasp.models.weights import Checkpoint, digest_of
 from lorasp.recipe import RecipeError
 
@@ -103,9 +104,13 @@ class RunBaseWriter(PackedBaseWriter):
         ) from error
 
 
-def use_run_base(checkpoint: Checkpoint, run_dir: Path) -> None:
+def use_run_base(checkpoint: Checkpoint | RandomWeights, run_dir: Path) -> None:
     """Has quantized tensors read from the base of the run in `run_dir`. Raises RecipeError where it is not whole."""
     base = run_dir / _OF_A_RUN
+    if not isinstance(checkpoint, Checkpoint):
+        raise RecipeError(
+            f"{base} is not read beside random weights; use quantization.init: plain to resume with them"
+        )
     manifest = read_manifest(base)
     if manifest is None:
         raise RecipeError(

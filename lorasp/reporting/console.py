@@ -27,10 +27,13 @@ class Console:
         self._print(f"warning: {text}", style="yellow")
 
     @contextmanager
-    def progress(self, total: int, description: str) -> Iterator["ProgressLine"]:
-        """A bar of `total` steps for the time of the `with` block; in a log file only lines that `advance` is told."""
+    def progress(self, total: int, description: str, done: int = 0) -> Iterator["ProgressLine"]:
+        """A bar of `total` steps for the time of the `with` block; in a log file only lines that `advance` is told.
+
+        done: how many were done before.
+        """
         if self._rich is None:
-            yield ProgressLine(self, total, description)
+            yield ProgressLine(self, total, description, done)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -41,7 +44,7 @@ class Console:
             TextColumn("{task.fields[values]}", markup=False),
         )
         with Progress(*columns, console=self._rich) as bar:
-            yield ProgressLine(self, total, description, bar)
+            yield ProgressLine(self, total, description, done, bar)
 
     def _print(self, text: str, style: str | None) -> None:
         if self._stream is None:
@@ -57,14 +60,14 @@ class Console:
 class ProgressLine:
     """The handle that `Console.progress` gives."""
 
-    def __init__(self, console: Console, total: int, description: str, bar: Progress | None = None):
+    def __init__(self, console: Console, total: int, description: str, done: int, bar: Progress | None = None):
         self._console = console
         self._total = total
         self._description = description
-        self._done = 0
+        self._done = self._before = done
         self._started = time.perf_counter()
         self._bar = bar
-        self._task = bar.add_task(description, total=total, values="") if bar else None
+        self._task = bar.add_task(description, total=total, completed=done, values="") if bar else None
 
     def advance(self, steps: int = 1, log: bool = False, **values: float | str) -> None:
         """`steps` more are done. `values` (loss, …) stand beside the bar; with `log`, a log file gets a line of them.
@@ -82,9 +85,10 @@ class ProgressLine:
 
     def _remaining(self) -> str:
         left = self._total - self._done
-        if not 0 < left < self._total:
+        here = self._done - self._before
+        if not (left and here):
             return ""
-        seconds = round((time.perf_counter() - self._started) / self._done * left)
+        seconds = round((time.perf_counter() - self._started) / here * left)
         minutes, seconds = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02} left"

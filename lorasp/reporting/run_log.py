@@ -1,5 +1,6 @@
 """What a run measures, from its first phase to its report: told on the console, drawn in TensorBoard, kept."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,7 @@ class RunLog:
         self._parts: list[tuple[dict[str, float], ...]] = []  # of each rank, at each log point
         self._held_now: list[tuple[int, ...]] = []  # by each rank, at each log point
         self._scores: list[dict[str, float]] = []
+        self._before = 0  # log points of the run before it was resumed: those of this process come after
         self._progress = None
 
     def planned(self, plan: Plan) -> None:
@@ -134,6 +136,19 @@ class RunLog:
                 f"activations: {policy} keeps {kept:,} bytes a token in each of {config.num_hidden_layers} layers"
             )
 
+    def state(self, samples: list[dict[str, str]]) -> dict[str, Any]:
+        """What a run that goes on needs for its report, plain data."""
+        log = {"history": self._history, "scores": self._scores, "metrics": self._metrics, "samples": samples}
+        return copy.deepcopy(log)  # it is written while training goes on
+
+    def resume(self, log: Mapping[str, Any], step: int, world_size: int) -> None:
+        """Goes on after `step` with what `state` gave there. world_size: of that part of the run."""
+        self._history, self._scores = list(log["history"]), list(log["scores"])
+        self._metrics = {**log["metrics"], **self._metrics}
+        self._before = len(self._history)
+        self._trackers.resume(step)
+        self.console.info(f"resumed after step {step} of {world_size} rank(s)")
+
     def rehearsed(self) -> None:
         """Tells the rehearsal's peaks of every rank. Collective."""
         rehearsed = {name: peak.peak_bytes for name, peak in self._meter.peaks.items() if "rehearse" in name}
@@ -149,7 +164,8 @@ class RunLog:
         flops: what the model needs; product_limit: this rank's FLOP/s in matrix products.
         """
         self._flops, self._product_limit = flops, sum(self._ranks.gather(product_limit))
-        with self.phase("train"), self.console.progress(steps, "step") as self._progress:
+        done = self._history[-1]["step"] if self._history else 0
+        with self.phase("train"), self.console.progress(steps, "step", done) as self._progress:
             with ExitStack() as self._first_step:
                 self._first_step.enter_context(self.phase(FIRST_STEP))
                 yield
@@ -157,8 +173,7 @@ class RunLog:
     def stepped(self, step: int) -> None:
         """To be called after each training step, before it is logged."""
         self._meter.settle()
-        if step == 1:
-            self._first_step.close()
+        self._first_step.close()  # once
 
     def trained(self, point: LogPoint) -> None:
         """A log point of the training loop. Collective."""
@@ -224,7 +239,7 @@ class RunLog:
         self._trackers.close()
         if not self._ranks.is_main:
             return
-        drifts = drift([row["step"] for row in self._history], self._held_now)
+        drifts = drift([row["step"] for row in self._history[self._before :]], self._held_now)
         for its in drifts:
             if its.is_growing:
                 self.console.warn(
@@ -258,7 +273,7 @@ class RunLog:
 
     def _throughput(self) -> dict[str, Any]:
         """Medians over log points, without the first where there are others: it holds the first step's allocations."""
-        steady = self._history[1:] or self._history
+        steady = self._history[self._before + 1 :] or self._history[self._before :]
         names = {
             "real_tokens_per_second": "real_tokens_per_second",
             "computed_tokens_per_second": "computed_tokens_per_second",

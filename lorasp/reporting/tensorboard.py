@@ -35,6 +35,7 @@ class TensorBoard:
 
         self._make_writer = partial(SummaryWriter, str(log_dir), flush_secs=15)
         self._writer: SummaryWriter | None = None
+        self.resumed_at: int | None = None  # a step: points of later ones, in files from before, are hidden
         self._layout = _layout(world_size)
         # SummaryWriter.add_hparams would put them into a second run, without curves, beside this one.
         *self._session_start, self._session_end = summary.hparams(dict(settings or {}), dict.fromkeys(_COMPARED, 0.0))
@@ -43,7 +44,8 @@ class TensorBoard:
         """One point at optimizer step `step` for each tag. Give Python numbers: a GPU tensor would be waited for."""
         if self._writer is None:
             # Only now: a run that is refused before its first number leaves no file, and may come again by that name.
-            self._writer = self._make_writer()
+            after = None if self.resumed_at is None else self.resumed_at + 1
+            self._writer = self._make_writer(purge_step=after)
             self._writer.add_custom_scalars(self._layout)
             for part in self._session_start:
                 self._writer.file_writer.add_summary(part)

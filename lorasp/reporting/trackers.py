@@ -54,6 +54,11 @@ class Trackers:
         """One point at optimizer step `step` for each curve."""
         self._each(lambda tracker: tracker.scalars(step, values))
 
+    def resume(self, step: int) -> None:
+        """The run goes on after `step`: what TensorBoard has of later ones is replaced; others begin a run anew."""
+        if (tensorboard := self._open.get("tensorboard")) is not None:
+            tensorboard.resumed_at = step
+
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
         self._open.clear()

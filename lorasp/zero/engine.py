@@ -1,6 +1,6 @@
 """The engine: the loss of a micro batch in, an optimizer step out; and the sharded state that it keeps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,8 @@ from lorasp.recipe import Training
 from lorasp.timing import PartTimer
 from lorasp.zero.launch import PREFETCH, Ranks
 from lorasp.zero.sharding import largest_unit_numel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trained entry
 
 
 class Engine:
@@ -115,7 +117,20 @@ class Engine:
 
         Collective: every rank must exhaust it. Gathers a bucket of parameters at a time.
         """
-        for flat, group in zip(self._zero.fp32_partitioned_groups_flat, self._groups, strict=True):
+        yield from self._gathered(self._zero.fp32_partitioned_groups_flat)
+
+    def moments(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(`exp_avg` or `exp_avg_sq`, name, fp32 values) of every trained parameter, once a step was taken.
+
+        Collective, as `trained_values`.
+        """
+        states = [self._zero.optimizer.state[flat] for flat in self._zero.fp32_partitioned_groups_flat]
+        for kind in MOMENTS:
+            for name, values in self._gathered([state[kind] for state in states]):
+                yield kind, name, values
+
+    def _gathered(self, flats: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for flat, group in zip(flats, self._groups, strict=True):
             start, bucket = 0, []
             for name, parameter in group:
                 bucket.append((name, parameter))
@@ -137,6 +152,32 @@ class Engine:
                 part = values[name].flatten()[dist.get_rank() * length :][:length]  # the last rank's is padded
                 flat[start : start + len(part)].copy_(part)
                 start += length
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
+        """Puts masters, moments and compute copies where they were after optimizer step `step`. Collective.
+
+        read: gives elements start to stop of a parameter's flat fp32 vector, from (`master`, `exp_avg` or
+        `exp_avg_sq`; name; start; stop). A rank reads its own part only.
+        """
+        self._zero._partition_all_parameters()  # what was gathered ahead, or stays gathered, is of the old values
+        for flat, group in zip(self._zero.fp32_partitioned_groups_flat, self._groups, strict=True):
+            moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            start = 0
+            for name, parameter in group:
+                length = parameter.partition_numel()
+                first = dist.get_rank() * length
+                last = min(first + length, parameter.ds_numel)  # the last rank's part is padded
+                if first < last:
+                    for kind, vector in (("master", flat), *moments.items()):
+                        vector[start : start + last - first].copy_(read(kind, name, first, last))
+                parameter.ds_tensor.view(-1).copy_(flat[start : start + length])
+                start += length
+            # AdamW keeps its count of steps as a tensor, beside the parameter where it is fused.
+            count = torch.tensor(float(step), device=flat.device)
+            self._zero.optimizer.state[flat] = {"step": count, **moments}
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
     def optimizer_state_bytes(self) -> int:
         """Bytes that this rank's optimizer holds: fp32 masters and every tensor of AdamW's state, as allocated."""

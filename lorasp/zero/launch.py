@@ -76,6 +76,10 @@ def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
     recipe.accumulation(int(os.environ["WORLD_SIZE"]))  # refuse a batch that does not fit before anything is started
     _quiet_libraries()
 
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
     # Imported here: deepspeed reads the environment at import.
     import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
