@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasp.adapter import AdaptedLinear, find_targets
+from lorasp.adapter import AdaptedLinear, ExamplesAtHand, find_targets
 from lorasp.live_tensors import LiveTensors
 from lorasp.recipe import Adapter, Quantization, RecipeError
 
@@ -102,10 +102,10 @@ def test_structured_makes_half_of_the_adapters_products_on_the_same_inputs_for_a
 def test_structured_with_dropout_or_frozen_start_is_what_dense_matrices_give(dropout, monkeypatch):
     for frozen_entries in ("zero", "init"):
         module = adapted(strategy="structured", dropout=dropout, frozen_entries=frozen_entries).train()
-        monkeypatch.setattr(module, "draw_dropout", lambda: 7 if dropout else None)
+        monkeypatch.setattr(module, "draw_dropout", lambda: ((6, 7),) if dropout else None)
         x = torch.randn(6, 32, requires_grad=True)
         y = x.detach().clone().requires_grad_()
-        mask = module._dropout_mask(x, 7) if dropout else 1
+        mask = module._dropout_mask(x, ((6, 7),)) if dropout else 1
         A, B = (matrix.detach().clone().requires_grad_() for matrix in (module.dense_A(), module.dense_B()))
         theirs = F.linear(y, module.dense_weight(), module.bias) + module.scale * (y * mask) @ A.t() @ B.t()
         ours = module(x)
@@ -146,8 +146,8 @@ def test_fraction_one_equals_peft(rslora, dropout, monkeypatch):
     for model in (module, reference):
         model.train()
     if dropout:  # peft draws another mask: it gets ours
-        monkeypatch.setattr(module, "draw_dropout", lambda: 7)
-        mask = module._dropout_mask(x, 7)
+        monkeypatch.setattr(module, "draw_dropout", lambda: ((6, 7),))
+        mask = module._dropout_mask(x, ((6, 7),))
         assert set(mask.unique().tolist()) == {0.0, mask.max().item()} and mask.max() == pytest.approx(1 / 0.7)
         lora.lora_dropout["default"].forward = lambda rows: rows * mask
     ours, theirs = module(x), reference(x)
@@ -156,6 +156,24 @@ def test_fraction_one_equals_peft(rslora, dropout, monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(module.A.grad.view(4, 32), lora.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(module.B.grad.view(48, 4), lora.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dropout_mask_belongs_to_its_example_wherever_it_stands():
+    """Alone, or behind another one in the row; another mask in another step, and for another linear."""
+    module, x = adapted(dropout=0.3).train(), torch.randn(9, 32)
+    module.examples = ExamplesAtHand(lengths=(4, 5), keys=(11, 12))
+    together = module._dropout_mask(x, module.draw_dropout())
+    module.examples = ExamplesAtHand(lengths=(5,), keys=(12,))
+    alone = module._dropout_mask(x[4:], module.draw_dropout())
+    assert torch.equal(together[4:], alone)
+    module.examples = ExamplesAtHand(lengths=(5,), keys=(13,))
+    assert not torch.equal(module._dropout_mask(x[4:], module.draw_dropout()), alone)
+    other = adapted(dropout=0.3, name="model.layers.0.k_proj").train()
+    other.examples = ExamplesAtHand(lengths=(5,), keys=(12,))
+    assert not torch.equal(other._dropout_mask(x[4:], other.draw_dropout()), alone)
+    assert set(alone.unique().tolist()) == {0.0, alone.max().item()} and 0.5 < (alone > 0).float().mean() < 0.9
+    module.examples = ExamplesAtHand()  # a rank without an example computes one token, of which nothing is learned
+    assert torch.all(module._dropout_mask(x[:1], module.draw_dropout()) == alone.max())
 
 
 def test_trained_parameters_are_half_of_loras_by_construction():

@@ -59,7 +59,7 @@ def test_a_batch_of_no_examples_is_one_token_without_label():
 def test_model_inputs_are_the_tensors_on_the_device_and_the_lengths():
     batch = collate(EXAMPLES, [3, 1])
     inputs = batch.model_inputs("meta")
-    assert inputs.pop("example_lengths") == batch.lengths
+    assert inputs.pop("example_lengths") == batch.lengths and inputs.pop("example_keys") == ()
     assert {name: tensor.shape for name, tensor in inputs.items()} == {
         "input_ids": batch.input_ids.shape,
         "position_ids": batch.position_ids.shape,

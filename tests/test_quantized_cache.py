@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasp.models import quantized_cache
+from lorasp.models import packed_base
 from lorasp.models.build import build_on_meta, fill_and_shard
-from lorasp.models.quantized_cache import QuantizedCache, digests_behind
+from lorasp.models.quantized_cache import DAMAGED, QuantizedCache
 from lorasp.models.weights import Checkpoint, load_config
 from lorasp.recipe import Quantization, RecipeError
 from tests.test_models import recipe
@@ -49,11 +49,10 @@ def test_a_second_start_reads_the_same_model_and_knows_the_same_base(directory):
     first, checkpoint, cache = kept(directory)
     manifest = entry(directory).found()
     again = Checkpoint(directory)
-    again.replace(cache.path, manifest["tensors"])
+    again.replace(cache.path, manifest, DAMAGED)
     second = fill(directory, again)
     assert second.keys() == first.keys() and all(torch.equal(second[name], first[name]) for name in first)
-    again.digests = digests_behind(manifest, again.digests, cache.path)
-    assert again.digests == checkpoint.digests and again.digest() == checkpoint.digest()
+    assert again.stored_digests() == checkpoint.digests and again.digest() == checkpoint.digest()
     assert not list(cache.path.parent.glob("*.partial"))
 
 
@@ -87,17 +86,17 @@ def test_a_changed_byte_is_found_out(directory):
     tensors[name][0] ^= 1
     save_file(tensors, file)
     manifest, again = entry(directory).found(), Checkpoint(directory)
-    again.replace(cache.path, manifest["tensors"])
+    again.replace(cache.path, manifest, DAMAGED)
     fill(directory, again)
     with pytest.raises(RecipeError, match=rf"is damaged \({name} has changed\); delete it"):
-        digests_behind(manifest, again.digests, cache.path)
+        again.digest()
 
 
 def test_a_full_disk_costs_the_run_nothing(directory, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantized_cache, "save_file", full)
+    monkeypatch.setattr(packed_base, "save_file", full)
     told = []
     cache, checkpoint = entry(directory, warn=told.append), Checkpoint(directory)
     fill(directory, checkpoint, cache.keep)

@@ -208,6 +208,8 @@ def test_shorthand_changes_the_format_and_nothing_else(write) -> None:
         "double_quant": True,
         "block_size": 128,
         "cache": True,
+        "init": "plain",
+        "iterations": 5,
     }
     path = write(SMALL + "quantization: fp4\n")
     assert load_recipe(path, ["quantization.block_size=256"]).quantization.format == "fp4"
@@ -364,8 +366,8 @@ def test_deepspeed_config_is_found_by_name_and_as_shipped_is_usable(write) -> No
     mine.write_text(json.dumps({"zero_optimization": zero}))
     assert check_deepspeed_config(mine) == []
     mine.unlink()
-    [fault] = faults(Path("x.yaml"), "deepspeed.config=zero2.json")
-    assert "did you mean zero3.json" in fault
+    [fault] = faults(Path("x.yaml"), "deepspeed.config=zero4.json")
+    assert "did you mean zero" in fault
 
 
 def test_a_set_of_shards_is_that_of_a_node_and_must_divide_the_ranks(tmp_path) -> None:

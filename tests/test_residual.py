@@ -47,13 +47,14 @@ def test_columns_of_a_are_least_squares_too_beside_what_is_fixed():
     assert A.grad[A_selected].abs().max() < 1e-3 * scale and B.grad[B_selected].abs().max() < 1e-3 * scale
 
 
-def test_without_a_mask_it_nears_the_truncated_svd():
+def test_without_a_mask_it_nears_the_truncated_svd(monkeypatch):
+    monkeypatch.setattr(residual, "SWEEPS", 40)
     target, A, B_selected, A_selected = problem()
     U, S, V = torch.linalg.svd(target, full_matrices=False)
     target = U @ torch.diag(0.8 ** torch.arange(len(S))) @ V  # a spectrum that falls, as a residual's hardly does
     found_A, found_B = fit_factors(target, A, torch.ones_like(B_selected), torch.ones_like(A_selected))
     best = (0.8 ** torch.arange(len(S)))[A.shape[0] :].norm()
-    assert best <= (target - found_B @ found_A).norm() < 1.02 * best
+    assert best * (1 - 1e-5) <= (target - found_B @ found_A).norm() < 1.001 * best
 
 
 def test_sweeps_gain_on_the_best_b_for_the_first_a(monkeypatch):

@@ -82,7 +82,18 @@ def recipe(directory, *, micro, steps=STEPS, ds_config=None, **changes):
 
 
 # What the worker measures besides, and other rows to train on.
-FLAGS = ("examples", "gradients_of", "live", "count_operations", "gathers", "codes", "large")
+FLAGS = (
+    "examples",
+    "gradients_of",
+    "live",
+    "count_operations",
+    "gathers",
+    "codes",
+    "large",
+    "save_at",
+    "save_to",
+    "resume",
+)
 
 
 def job(directory, **options):
@@ -133,8 +144,33 @@ FAMILIES = {
 POLICIES = ("none", "selective", "lean", "layer")
 
 
+# Runs of 14 steps that stop after the third, in the middle of an epoch of 10 (packed: 6), and go on.
+RESUMED = {
+    "adapters": {
+        "micro": 2,  # two micro batches a rank
+        "steps": 14,
+        "adapter": {"dropout": 0.2},
+        "data": {"packing": True, "max_length": 48},
+        "training": {"epochs": 4.0},
+    },
+    "full": {"micro": 4, "steps": 14, "method": "full", "training": {"epochs": 2.0, "learning_rate": 1e-3}},
+    "base_whole": {
+        "micro": 4,
+        "steps": 14,
+        "training": {"epochs": 2.0},
+        "ds_config": str(ROOT / "ds_configs" / "zero2.json"),
+    },
+}
+
+
 @pytest.fixture(scope="session")
-def two_ranks(models, no_prefetch, tmp_path_factory):
+def saved(tmp_path_factory):
+    """Where jobs leave their checkpoints, a directory each."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="session")
+def two_ranks(models, no_prefetch, saved, tmp_path_factory):
     jobs = {name: job(models[kind], micro=4, gradients_of=0, **changes) for name, (kind, changes) in FAMILIES.items()}
     short = {"steps": 3, "ds_config": no_prefetch}
     for policy in POLICIES:
@@ -156,14 +192,20 @@ def two_ranks(models, no_prefetch, tmp_path_factory):
     whole = str(ROOT / "ds_configs" / "zero2.json")
     jobs["gathers_base_whole"] = job(models["llama"], micro=4, gathers=True, **short | {"ds_config": whole})
     jobs["residual"] = job(models["llama"], micro=4, steps=2, quantization={"init": "residual"})
+    for name, how in RESUMED.items():
+        jobs[f"whole_{name}"] = job(models["llama"], save_at=3, save_to=str(saved / name), **how)
+        jobs[f"2_to_2_{name}"] = job(models["llama"], resume=str(saved / name), **how)
     jobs["lora"] = job(models["llama"], micro=4, steps=2, method="lora")
     jobs["half_rank"] = job(models["llama"], micro=4, steps=2, method="lora", adapter={"rank": 4})
     return run_jobs(2, jobs, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="session")
-def one_rank(models, tmp_path_factory):
+def one_rank(models, two_ranks, saved, tmp_path_factory):
+    how = RESUMED["adapters"] | {"resume": str(saved / "adapters"), "save_at": 4, "save_to": str(saved / "by_one")}
     jobs = {
+        "2_to_1_adapters": job(models["llama"], **how | {"micro": 4}),
+        "2_to_1_full": job(models["llama"], resume=str(saved / "full"), **RESUMED["full"]),
         "twice_the_batch": job(models["llama"], micro=8, gradients_of=0),
         "accumulation": job(models["llama"], micro=4, gradients_of=0),
         "memory_selective": job(models["llama"], micro=8, count_operations=True, steps=3),
@@ -175,20 +217,40 @@ def one_rank(models, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def four_ranks(models, tmp_path_factory):
+def four_ranks(models, two_ranks, saved, tmp_path_factory):
     # A set of shards in each half of the ranks, as in nodes of two.
     config = json.loads((ROOT / "ds_configs" / "zero3_hpz.json").read_text())
     config["zero_optimization"]["zero_hpz_partition_size"] = 2
     hpz = tmp_path_factory.mktemp("ds") / "hpz.json"
     hpz.write_text(json.dumps(config))
     jobs = {"hpz": job(models["llama"], micro=1, ds_config=str(hpz))}
+    how = RESUMED["adapters"] | {"resume": str(saved / "adapters"), "save_at": 4, "save_to": str(saved / "by_four")}
+    jobs["2_to_4_adapters"] = job(models["llama"], **how)
     jobs |= {"nf4": job(models["llama"], micro=1), "lora": job(models["llama"], micro=1, steps=2, method="lora")}
     return run_jobs(4, jobs, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="session")
-def bf16(models, no_prefetch, tmp_path_factory):
+def two_again(models, one_rank, four_ranks, saved, tmp_path_factory):
     jobs = {
+        f"{ranks}_to_2_adapters": job(models["llama"], resume=str(saved / by), **RESUMED["adapters"])
+        for ranks, by in ((1, "by_one"), (4, "by_four"))
+    }
+    return run_jobs(2, jobs, tmp_path_factory.mktemp("again"))
+
+
+@pytest.fixture(scope="session")
+def bf16(models, no_prefetch, saved, tmp_path_factory):
+    resumed = {name: {**how, "model": {"dtype": "bfloat16"}} for name, how in RESUMED.items() if name != "base_whole"}
+    jobs = {
+        f"whole_{name}": job(models["llama"], save_at=3, save_to=str(saved / f"{name}_bf16"), **how)
+        for name, how in resumed.items()
+    }
+    jobs |= {
+        f"2_to_2_{name}": job(models["llama"], resume=str(saved / f"{name}_bf16"), **how)
+        for name, how in resumed.items()
+    }
+    jobs |= {
         policy: job(
             models["llama"],
             micro=4,
@@ -293,6 +355,47 @@ def test_what_quantization_loses_is_fitted_the_same_on_one_rank_and_two(two_rank
         assert_close(rank["losses"], one["losses"], 1e-5)
         assert rank["base_digest"] == one["base_digest"] == two_ranks["nf4"][0]["base_digest"]
     assert ours[0]["losses"][0] != pytest.approx(two_ranks["nf4"][0]["losses"][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_same_run_to_the_bit(name, dtype, two_ranks, bf16):
+    """Losses and norms of the 11 steps after, and the weights in the end: nothing was rounded on the way."""
+    if dtype == "bfloat16" and name == "base_whole":
+        pytest.skip("as with sharded ones")
+    jobs = two_ranks if dtype == "float32" else bf16
+    for whole, resumed in zip(jobs[f"whole_{name}"], jobs[f"2_to_2_{name}"], strict=True):
+        assert len(resumed["losses"]) == 11 and resumed["rows"] == whole["rows"][3:]
+        assert resumed["losses"] == whole["losses"][3:] and resumed["norms"] == whole["norms"][3:]
+        assert resumed["values"] == whole["values"]
+        assert len(set(whole["losses"])) == 14
+
+
+@pytest.mark.parametrize("way", ["2_to_1", "2_to_4", "1_to_2", "4_to_2"])
+def test_a_run_goes_on_with_another_number_of_ranks(way, two_ranks, one_rank, four_ranks, two_again):
+    """With dropout, packs, and accumulation that is another on each number of ranks."""
+    jobs = {"2_to_1": one_rank, "2_to_4": four_ranks}.get(way, two_again)
+    whole, resumed = two_ranks["whole_adapters"][0], jobs[f"{way}_adapters"][0]
+    done = len(resumed["losses"])
+    assert done == (11 if way.startswith("2") else 10)
+    assert_close(resumed["losses"], whole["losses"][-done:])
+    assert_close(resumed["norms"], whole["norms"][-done:], 1e-4)
+    for name, values in whole["values"].items():
+        torch.testing.assert_close(torch.tensor(resumed["values"][name]), torch.tensor(values), rtol=1e-3, atol=1e-5)
+    if way == "2_to_1":
+        assert_close(one_rank["2_to_1_full"][0]["losses"], two_ranks["whole_full"][0]["losses"][3:])
+
+
+def test_a_checkpoint_is_twelve_bytes_a_trained_entry_and_the_bits(two_ranks):
+    for name in ("adapters", "full"):
+        rank = two_ranks[f"whole_{name}"][0]
+        trained = sum(elements for _, elements in rank["trained"])
+        headers = 200 * 3 * len(rank["trained"]) + 4096  # names, shapes and offsets
+        assert (
+            12 * trained + rank["held"]["masks"]
+            <= rank["saved_bytes"]
+            < 12 * trained + rank["held"]["masks"] + headers
+        )
 
 
 def test_the_batches_were_ragged_and_a_rank_had_no_label(two_ranks, four_ranks):

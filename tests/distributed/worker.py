@@ -20,7 +20,8 @@ from lorasp.data.order import SampleOrder
 from lorasp.live_tensors import LiveTensors
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe
-from lorasp.run import compute_dtype, load_model
+from lorasp.resume import Checkpoints, RunState, newest_checkpoint
+from lorasp.run import adapter_info, compute_dtype, load_model
 from lorasp.schedule import learning_rate
 from lorasp.trainer import train_step
 from lorasp.zero import sharding
@@ -50,9 +51,12 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
     dtype = compute_dtype(recipe)
     sharding._LARGE = job.get("large", 2**24)
     examples = [Example(tuple(ids), prompt) for ids, prompt in job["examples"]]
+    resumed = newest_checkpoint(Path(job["resume"]), print) if "resume" in job else None
     with LiveTensors() as loading:
-        loaded = load_model(recipe, Path(recipe.model.path), ranks, dtype)
+        loaded = load_model(recipe, Path(recipe.model.path), ranks, dtype, resumed=resumed)
     engine = Engine(ranks, loaded.model, recipe.training)
+    if resumed is not None:
+        resumed.restore(engine)
     engine.train_mode(True)
     found: dict = {
         "rank": ranks.rank,
@@ -73,6 +77,7 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
         epochs=recipe.training.epochs,
         global_batch_size=recipe.training.global_batch_size,
         max_steps=recipe.training.max_steps,
+        pack_to=recipe.data.max_length if recipe.data.packing else None,
     )
     steps = list(
         training_batches(
@@ -81,12 +86,13 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
             micro_batch_size=recipe.training.micro_batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            start_step=resumed.state.step if resumed else 0,
         )
     )
     if job.get("live"):
         found |= live_bytes(engine, loaded.model, examples, ranks)
     for step in steps:
-        engine.set_learning_rate(learning_rate(step.step, len(steps), recipe.training))
+        engine.set_learning_rate(learning_rate(step.step, order.total_steps, recipe.training))
         if step.step == job.get("gradients_of"):
             found["gradients"] = gradients(engine, step, ranks)
         if job.get("gathers") and step.step == len(steps) - 1:
@@ -110,6 +116,8 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
         found["norms"].append(norm.item())
         found["rows"].append([row for batch in step.micro_batches for row in batch.rows])
         found["labels"].append([sum(batch.label_counts) for batch in step.micro_batches])
+        if step.step + 1 == job.get("save_at"):
+            found["saved_bytes"] = save(Path(job["save_to"]), step.step + 1, recipe, loaded, engine, ranks)
     found["held"] = held_bytes(loaded.model, engine)
     found["largest_unit"] = largest_unit(loaded.model, ranks)
     found["base"] = base_shards(loaded.model)
@@ -120,6 +128,17 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
     if job.get("codes"):
         found["codes"] = differences_from_bitsandbytes(loaded.model, recipe)
     return found
+
+
+def save(run_dir: Path, step: int, recipe: Recipe, loaded, engine: Engine, ranks) -> int:
+    """Bytes of the checkpoint's files, on rank 0."""
+    checkpoints = Checkpoints(run_dir, recipe.checkpoint, is_main=ranks.is_main, warn=print)
+    log = {"history": [], "scores": [], "metrics": {}, "samples": []}
+    state = RunState.of(step, recipe, base_digest=loaded.base_digest, data={}, world_size=ranks.world_size, log=log)
+    checkpoints.save(state, engine, adapter_info(recipe, loaded, step), loaded.model)
+    checkpoints.wait()
+    torch.distributed.barrier()
+    return sum(path.stat().st_size for path in checkpoints.path(step).rglob("*.safetensors"))
 
 
 class Gathers:
