@@ -134,7 +134,7 @@ def test_a_whole_base_costs_its_bytes_and_receives_none():
     sharded, whole = planned(settings, 8), planned(with_whole_base(settings), 8)
     assert whole.phases["train"]["base_shard"] == pytest.approx(8 * sharded.phases["train"]["base_shard"], rel=1e-3)
     assert whole.phases["train"]["gathered"] == whole.received_bytes == 0
-    for part in ("optimizer", "gradients", "masks", "activations"):
+    for part in ("optimizer", "gradients", "masks", "buffers"):
         assert whole.phases["train"][part] == sharded.phases["train"][part]
     stored = whole.phases["train"]["base_shard"] + whole.phases["train"]["adapters"] * 8 / 9
     assert sharded.received_bytes == pytest.approx(2 * 7 / 8 * stored, rel=1e-3)
