@@ -49,6 +49,7 @@ def main() -> int:
     )
     from lorasp.timing import matrix_product_limit
     from lorasp.trainer import NonFiniteLoss, every, train
+    from lorasp.watchdog import Watchdog
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
 
@@ -116,6 +117,8 @@ def main() -> int:
 
     checkpoints = Checkpoints(run_dir, recipe.checkpoint, is_main=ranks.is_main, warn=log.console.warn)
     agreement = Agreement()
+    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
+    engine.on_progress = watchdog.count
 
     def checkpoint(step: int) -> None:
         state = RunState.of(
@@ -126,7 +129,7 @@ def main() -> int:
             world_size=ranks.world_size,
             log=log.state(samples),
         )
-        with log.phase("save"):
+        with log.phase("save"), watchdog.patient():
             checkpoints.save(state, engine, adapter_info(recipe, loaded, step), loaded.model)
         if agreement.leaves:
             raise Preempted(step)
@@ -175,7 +178,7 @@ def main() -> int:
     )
     batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
     try:
-        with log.training(order.total_steps, loaded.flops, product_limit):
+        with log.training(order.total_steps, loaded.flops, product_limit), watchdog.watching():
             train(
                 engine,
                 batches,

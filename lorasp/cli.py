@@ -15,6 +15,7 @@ from lorasp.recipe_loading import load_recipe
 
 BAD_INPUT = 2
 STOPPED = 3
+HUNG = 76  # a rank that stood still
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from where it was
 INTERRUPTED = 130  # Ctrl-C, as shells have it
 _OTHERS_WAIT_SECONDS = 10

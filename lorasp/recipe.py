@@ -268,6 +268,12 @@ class Memory(Section):
     check: Literal["refuse", "warn"] = "refuse"  # a run that by its plan (planning.py) takes more than is free
 
 
+class Health(Section):
+    # A rank that gathers, reduces and updates nothing for so long has stopped, and ends the run: see watchdog.py. One
+    # layer's forward or backward must take less.
+    hang_seconds: Count = 45
+
+
 class Tracking(Section):
     """Who gets the run's curves: any of Accelerate's trackers, by name; `with: []` is none."""
 
@@ -320,6 +326,7 @@ class Recipe(Section):
     deepspeed: DeepSpeed = DeepSpeed()
     tracking: Tracking = Tracking()
     profile: Profile = Profile()
+    health: Health = Health()
     memory: Memory = Memory()
 
     @field_validator("name")

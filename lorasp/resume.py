@@ -55,6 +55,7 @@ _FREE = (
         "profile",
         "memory",
         "evaluation",
+        "health",
         "model.path",
         "model.revision",
         "model.trust_remote_code",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class Engine:
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
         self.model = model
         self.timer = PartTimer(ranks.device)
+        # Called before each gather of a unit, reduction and update, in the same order on each rank.
+        self.on_progress: Callable[[], None] = lambda: None
         self._time_parts()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [[(names[id(parameter)], parameter) for parameter in group] for group in self._zero.fp16_groups]
@@ -58,7 +61,15 @@ class Engine:
             (self._zero, "independent_gradient_partition_epilogue", "reduce"),
             (self._zero, "step", "optimizer"),
         ):
-            setattr(owner, method, self.timer.timed(part, getattr(owner, method)))
+            setattr(owner, method, self.timer.timed(part, self._counted(getattr(owner, method))))
+
+    def _counted(self, function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            self.on_progress()
+            return function(*args, **kwargs)
+
+        return call
 
     def __call__(self, **inputs):
         """The model's forward, with ZeRO-3's gathers."""

@@ -25,6 +25,7 @@ from lorasp.models.build import build_on_meta
 from lorasp.models.weights import Checkpoint, load_config, load_tokenizer
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.recipe_loading import load_recipe
+from lorasp.resume import newest_checkpoint
 from lorasp.run import claim_run_directory, compute_dtype, load_model
 from lorasp.zero.launch import check_zero_settings
 from tests.distributed.commands import TRAIN, Done, accelerate_on_two, python, run, torchrun_on_two
@@ -582,11 +583,11 @@ def test_an_update_that_ruins_the_weights_is_not_saved_over_a_good_adapter(work,
 
     The loss of step 3 is that of the weights before its update, and cannot vouch for those that step 3 would save.
     """
-    done = run(with_a_spike(work, 3, "name=spike", "training.save_every=1"), home)
+    done = run(with_a_spike(work, 3, "name=spike", "checkpoint.every_steps=1"), home)
     assert done.returncode != 0 and f"(exitcode: {STOPPED})" in done.stderr, done.stderr[-3000:]
     report = json.loads((work / "runs" / "spike" / "report.json").read_text())
     assert "NaN or infinite after the update of step 3" in report["status"]
-    assert report["status"].endswith("kept is what step 2 saved") and done.stdout.count(report["status"][9:]) == 1
+    assert report["status"].endswith("kept is what step 2 gave") and done.stdout.count(report["status"][9:]) == 1
     assert [point["step"] for point in report["history"]] == [1, 2, 3]
     assert read_adapter(work / "runs" / "spike", load_recipe(work / "tiny.yaml")).step == 2
 
@@ -598,7 +599,7 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_and_ruined_weights_are_not_k
     assert done.returncode != 0 and f"(exitcode: {STOPPED})" in done.stderr and "[rank" not in done.stderr
     report = json.loads((work / "runs" / "far" / "report.json").read_text())
     assert report["status"].startswith("stopped: ") and "NaN or infinite at step 2" in report["status"]
-    assert report["status"].endswith("nothing was saved (training.save_every)")
+    assert report["status"].endswith("nothing was saved (checkpoint.every_steps)")
     assert done.stdout.count("NaN or infinite at step 2") == 1
     assert [rank["rank"] for rank in report["phases"]["train"]["ranks"]] == [0, 1]
     assert not (work / "runs" / "far" / "adapter").exists()
@@ -622,11 +623,11 @@ def test_poisoned_weights_are_refused_by_the_rehearsal_or_stop_the_first_step(wo
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_before_step_1_or_leaves_the_adapter_saved_before_whole(work, home, tmp_path):
+def test_a_full_disk_stops_before_step_1_or_leaves_the_checkpoint_before_whole(work, home, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # Room for the curves (4 KiB) and one adapter (25 KiB), not for a second beside it.
-    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
+    # Room for the curves (4 KiB) and two checkpoints of some 80 KiB, not for a third beside them.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
     try:
         mounted = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:
@@ -634,23 +635,19 @@ def test_a_full_disk_stops_before_step_1_or_leaves_the_adapter_saved_before_whol
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        recipe = [str(work / "tiny.yaml"), f"output_dir={disk}", "training.save_every=1"]
+        recipe = [str(work / "tiny.yaml"), f"output_dir={disk}", "checkpoint.every_steps=1"]
         done = run(python(*recipe, "name=rehearsed"), home)
         assert done.returncode == BAD_INPUT
         [line] = done.errors
-        assert "rehearsal/adapter/adapter.safetensors could not be written" in line
+        assert "GiB of checkpoints, and" in line and "lower checkpoint.keep_last" in line
         assert "step 1/4" not in done.stdout and list((disk / "rehearsed").iterdir()) == []
-        # A run that saves once is not refused for want of a second place (its report is what does not fit here).
-        done = run(python(*recipe, "name=once", "training.save_every=4"), home)
-        assert "rehearse save: peak above baseline" in done.stdout and "step 4/4" in done.stdout
-        shutil.rmtree(disk / "once")
 
         done = run(python(*recipe, "rehearse=false"), home)
-        assert done.returncode == BAD_INPUT
+        assert done.returncode == BAD_INPUT and "step 4/4" in done.stdout
+        assert "the checkpoint of step 3 could not be written" in done.stdout and "that of step 2 stays" in done.stdout
         [line] = done.errors
         assert "adapter.safetensors could not be written" in line and "No space left" in line
-        assert "saved there before is unharmed" in line and "Traceback" not in done.stderr
-        assert read_adapter(disk / "tiny", load_recipe(work / "tiny.yaml")).step == 1
-        assert sorted(path.name for path in (disk / "tiny" / "adapter").iterdir()) == [ADAPTER_FILE]
+        assert "Traceback" not in done.stderr
+        assert newest_checkpoint(disk / "tiny", pytest.fail).state.step == 2
     finally:
         subprocess.run(["umount", str(disk)], check=True)

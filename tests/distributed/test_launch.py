@@ -77,7 +77,7 @@ def launch_run(place, home):
 @pytest.fixture(scope="session")
 def plain(launch_run):
     """One process without a launcher, evaluating and saving midway as well."""
-    return launch_run(python, "plain", "training.evaluate_every=2", "training.save_every=2")
+    return launch_run(python, "plain", "training.evaluate_every=2", "checkpoint.every_steps=2")
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +215,7 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for_on_every_rank(two):
 def test_the_report_is_resolved_and_counts_what_was_left_out(plain, place):
     report = plain.report
     assert report["recipe"]["adapter"]["rank"] == RANK and report["recipe"]["training"]["warmup_ratio"] == 0.03
-    assert report["recipe"]["training"]["save_every"] == 2  # from the command line
+    assert report["recipe"]["checkpoint"]["every_steps"] == 2  # from the command line
     assert report["recipe"]["model"]["path"] == str(place / "model")
     assert {"torch", "transformers", "accelerate", "deepspeed"} <= set(report["versions"])
     assert report["throughput"]["real_tokens_per_second"] > 0 and report["throughput"]["step_seconds_median"] > 0

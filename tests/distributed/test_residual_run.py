@@ -12,7 +12,7 @@ from lorasp.cli import BAD_INPUT
 from lorasp.export.write import Export, write_export
 from lorasp.finished_run import read_run
 from lorasp.recipe import RecipeError
-from tests.distributed.commands import accelerate_on_two, run
+from tests.distributed.commands import accelerate_on_two, python, run
 from tests.distributed.launching import ROOT
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_evaluated_alone_and_trained_on_it_is_the_model_that_was_trained(trained
     assert before == pytest.approx(after, rel=1e-6)
     kept, again = (json.loads((of / "base" / "manifest.json").read_text()) for of in (trained, tmp_path / "tiny"))
     assert kept == again  # the same base goes on with the adapter
-    plain = run(accelerate_on_two(str(place / "tiny.yaml"), f"adapter.init_from={trained}"), home)
+    plain = run(python(str(place / "tiny.yaml"), f"adapter.init_from={trained}"), home)
     assert plain.returncode == BAD_INPUT and "quantization.init is plain, the adapter's residual" in plain.errors[0]
 
 
