@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
+from lorasp.costs import gathered_bytes
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
 from lorasp.live_tensors import LiveTensors
@@ -111,7 +112,7 @@ def plan(
     ready = {**held, "optimizer": found["masters"]}
     load = max(filling, ready, key=lambda parts: sum(parts.values()))
     save = {**trained, "gathered": 4 * min(found["trained"], world_size * GATHERED_AT_ONCE)}
-    received = 0 if base_whole else 2 * found["stored"] * (world_size - 1) // world_size
+    received = 0 if base_whole else found["gathered_in_step"] * (world_size - 1) // world_size
     return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save}, received)
 
 
@@ -267,6 +268,7 @@ def _measure(
     found["masters"] = 4 * masters  # fp32, as are gradients and both moments
     found["gradients"] = 4 * masters + 4 * _bucket_elements(recipe)
     found["head"] = _bytes(model.model.get_output_embeddings().weight)
+    found["gathered_in_step"] = gathered_bytes(model)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
     found["largest_filled"] = _largest_filled(model, recipe)
     layers = config.get_text_config().num_hidden_layers

@@ -1,6 +1,7 @@
 """A Hugging Face decoder with a head that never returns the logits of a batch."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,15 @@ class _CrossEntropySum(torch.autograd.Function):
                 for part in grad.split(8 * _CHUNK_ROWS):
                     part.copy_(part.to(grad_total.dtype) * grad_total)
         return *grads, None
+
+
+def needless_in_backward(model: "CausalLM") -> Iterator[nn.Module]:
+    """Modules with weights that no backward reads: a frozen embedding, and a frozen head, whose gradients are made in
+    forward.
+    """
+    for module in (model.model.get_input_embeddings(), model.model.get_output_embeddings()):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            yield module
 
 
 class CausalLM(nn.Module):

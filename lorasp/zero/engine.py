@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lorasp.memory import GATHERED_AT_ONCE
+from lorasp.models.causal_lm import CausalLM, needless_in_backward
 from lorasp.recipe import Training
 from lorasp.timing import PartTimer
-from lorasp.zero.launch import PREFETCH, Ranks
-from lorasp.zero.sharding import largest_unit_numel
+from lorasp.zero.launch import LIVE, PREFETCH, Ranks
+from lorasp.zero.sharding import largest_unit_numel, spare_backward_gathers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trained entry
 
@@ -23,7 +24,7 @@ class Engine:
     The optimizer is torch's AdamW over each rank's flat vector of trained entries: fp32 master, two moments.
     """
 
-    def __init__(self, ranks: Ranks, model: nn.Module, training: Training) -> None:
+    def __init__(self, ranks: Ranks, model: CausalLM, training: Training) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # One group, no "no decay for 1-D parameters" rule: every compact adapter is 1-D.
         optimizer = torch.optim.AdamW(
@@ -37,9 +38,13 @@ class Engine:
         zero = ranks.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
         if zero.get(PREFETCH) == "auto":
             zero[PREFETCH] = largest_unit_numel(model)
+            # DeepSpeed gathers so much ahead of every module, also of those without weights: several layers, soon.
+            zero.setdefault(LIVE, 2 * zero[PREFETCH])
         self._accelerator = ranks.accelerator
         self._world_size = ranks.world_size
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
+        for module in needless_in_backward(model):
+            spare_backward_gathers(module)
         self.model = model
         self.timer = PartTimer(ranks.device)
         # Called before each gather of a unit, reduction and update, in the same order on each rank.

@@ -29,6 +29,7 @@ _STAGE_2 = {"stage": 3, "stage3_param_persistence_threshold": 2**40, "stage3_max
 # How many elements are gathered ahead of use, and so also kept between forward and backward. "auto": the largest
 # unit's. DeepSpeed counts elements as stored, packed codes among them: its default is the whole of a small model.
 PREFETCH = "stage3_prefetch_bucket_size"
+LIVE = "stage3_max_live_parameters"  # elements beyond which nothing is gathered ahead
 
 
 @dataclass(frozen=True)

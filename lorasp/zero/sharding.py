@@ -105,6 +105,19 @@ class _BroadcastGather:
             self._works, self._whole = [], None
 
 
+def spare_backward_gathers(module: nn.Module) -> None:
+    """Frees a module whose backward needs none of its weights from being gathered for it.
+
+    ZeRO-3 gathers whatever had a forward. To be called once the engine has put its hooks.
+    """
+    for hooks, name in (
+        (module._forward_hooks, "_pre_backward_module_hook"),
+        (module._forward_pre_hooks, "_post_backward_module_hook"),
+    ):
+        for key in [key for key, hook in hooks.items() if hook.__name__ == name]:
+            del hooks[key]
+
+
 def bring_to_first(tensor: Tensor, owner: int) -> None:
     """Gives rank 0 the values that rank `owner` has of `tensor`; other ranks do nothing."""
     if dist.get_rank() == owner:

@@ -41,7 +41,7 @@ def test_a_rank_that_sleeps_or_raises_ends_all_and_is_named(fault, place, home, 
     if "sleep" in fault:
         assert f"exitcode  : {HUNG}" in done.stderr
         assert "rank 1 holds up the others" in done.stderr
-        assert 'failing.py", line 11 in forward' in done.stderr  # where it sleeps
+        assert 'failing.py", line 10 in forward' in done.stderr  # where it sleeps
     else:
         assert "RuntimeError: the loss of rank 1" in done.stderr and "local_rank: 1" in done.stderr
     assert not (tmp_path / "tiny" / "report.json").exists()
