@@ -276,10 +276,11 @@ class Checkpoints:
         except (OSError, RecipeError) as error:
             for _ in tensors:  # the other ranks gather on
                 pass
+            reason = str(error).partition(";")[0]  # what follows is advice
             before = newest_checkpoint(self._root.parent, lambda told: None)
             kept = f"that of step {before.state.step} stays" if before else "there is none yet"
             self._failure = (
-                f"the checkpoint of step {state.step} could not be written ({error}); {kept}. Free space: the next "
+                f"the checkpoint of step {state.step} could not be written ({reason}); {kept}. Free space: the next "
                 f"one is tried when it is due"
             )
 
