@@ -137,8 +137,8 @@ def memory_table(settings: list[Setting], runs: list[Run]) -> str:
     lines = [
         f"`{shlex.join(['python', *sys.argv])}`: the worst rank's peak above its start (GiB), planned of tensors",
         "",
-        "| model | method | policy | ranks | rows × length | r | train, planned | measured | "
-        "| load, planned | measured |",
+        "| model | method | policy | ranks | rows × length | r | train, planned | measured | off by | "
+        "load, planned | measured |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for its, run in zip(settings, runs, strict=True):

@@ -178,6 +178,8 @@ def main() -> int:
     )
     batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
     try:
+        if agreement.saves(is_due=False):  # asked while it loaded
+            raise Preempted(start_step)
         with log.training(order.total_steps, loaded.flops, product_limit), watchdog.watching():
             train(
                 engine,

@@ -9,10 +9,11 @@ _asked = False
 
 
 class Preempted(Exception):
-    """The run was asked to leave, and its state after `step` is on the disk, or on its way there."""
+    """The run was asked to leave, and its state after `step`, if it took one, is on the disk or on its way there."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"asked to leave; the state of step {step} is kept")
+        kept = f"the state of step {step} is kept" if step else "no step was taken yet"
+        super().__init__(f"asked to leave; {kept}")
         self.step = step
 
 

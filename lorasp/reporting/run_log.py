@@ -1,6 +1,7 @@
 """What a run measures, from its first phase to its report: told on the console, drawn in TensorBoard, kept."""
 
 import copy
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -236,6 +237,7 @@ class RunLog:
         phases = self._ranks.gather(rank_phases(self._ranks.rank, self._meter.peaks, self._held))
         optimizer = self._ranks.gather(optimizer_state_bytes)
         timeline = self._ranks.gather({"rank": self._ranks.rank, **self._timeline})
+        hosts = self._ranks.gather(socket.gethostname())
         self._trackers.close()
         if not self._ranks.is_main:
             return
@@ -264,6 +266,7 @@ class RunLog:
             model_commit=model_commit,
             planned=self._planned,
             drift=[{**asdict(its), "share": its.share} for its in drifts],
+            hosts=hosts,
         )
         path = write_report(self._run_dir, report)
         for sample in samples:

@@ -73,6 +73,7 @@ def build_report(
     model_commit: str | None = None,
     planned: Mapping[str, Mapping[str, int]] | None = None,
     drift: Sequence[Mapping[str, Any]] = (),
+    hosts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report as plain data.
 
@@ -87,7 +88,8 @@ def build_report(
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and `exact_match` of each evaluation.
     `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py). `drift`:
-    of each rank, as reporting/drift.py has it, with its `share`; none of a run that was too short for any.
+    of each rank, as reporting/drift.py has it, with its `share`; none of a run that was too short for any. `hosts`:
+    the name of each rank's machine.
     `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
@@ -96,6 +98,7 @@ def build_report(
         "command": command or command_line(),
         "recipe": dict(recipe),
         "world_size": world_size,
+        "hosts": list(hosts),
         "device": device,
         "versions": dict(versions) if versions is not None else collect_versions(),
         **({} if model_commit is None else {"model_commit": model_commit}),
