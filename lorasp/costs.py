@@ -10,7 +10,6 @@ from dataclasses import astuple, dataclass, fields
 from typing import Self
 
 import numpy as np
-from scipy.optimize import nnls
 from torch import nn
 
 from lorasp.accounting import count_flops
@@ -81,6 +80,8 @@ class Prices:
     @classmethod
     def fit(cls, works: Sequence[Work], seconds: Sequence[float]) -> Self:
         """Least squares of the relative errors, none below 0."""
+        from scipy.optimize import nnls  # most of a second, which a plan of memory need not wait for
+
         amounts = np.array([astuple(work) for work in works], dtype=float)
         scale = np.maximum(amounts.max(axis=0), 1e-300)
         rows = amounts / scale / np.array(seconds)[:, None]

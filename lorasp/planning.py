@@ -245,7 +245,7 @@ def _measure(
     traces: dict[tuple, dict[str, int]],
 ) -> dict[str, int]:
     """Bytes (and `trained` entries) of a model with the layers of `config`; each of them grows by a layer's."""
-    model = build_on_meta(config, recipe, dtype)
+    model = build_on_meta(config, recipe, dtype, draws=False)
     set_recomputation(model.model, recipe.training.activation_checkpointing)
     found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
     masters = 0

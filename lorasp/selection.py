@@ -109,16 +109,16 @@ class Selection:
 
 
 def select_features(
-    rows: int, columns: int, *, layout: str, fraction: float, seed: int, name: str
+    rows: int, columns: int, *, layout: str, fraction: float, seed: int | None, name: str
 ) -> tuple[Selection, Tensor]:
     """Draws the strategy `structured`: ⌊fraction · n⌋ whole columns (of A) or rows (of B), by `layout`; uint8 bits.
 
-    Matrices of one `name` and number of columns (or rows) have the same ones. Raises RecipeError as `select_entries`.
+    Matrices of one `name` and number of columns (or rows) have the same ones. seed and errors as of `select_entries`.
     """
     size, other = (columns, rows) if layout == "columns" else (rows, columns)
     if fraction == 1:
         return Selection(rows, columns, rows * columns, "all"), torch.empty(0, dtype=torch.uint8)
-    count, bits = _draw_uniform(size, fraction, stream_key(seed, name))
+    count, bits = _draw_uniform(size, fraction, _key(seed, name))
     if count == 0:
         raise RecipeError(
             f"selection.fraction: {name} has {size} features: too few to train {fraction:g} of them; raise it"
@@ -127,9 +127,11 @@ def select_features(
 
 
 def select_entries(
-    rows: int, columns: int, *, strategy: str, fraction: float, seed: int, name: str
+    rows: int, columns: int, *, strategy: str, fraction: float, seed: int | None, name: str
 ) -> tuple[Selection, Tensor]:
     """Draws S for the matrix called `name` (module, then A or B): the selection and its bits, uint8 on the CPU.
+
+    seed: None draws nothing, for one who asks for sizes only: bits of no meaning, as long as they would be.
 
     strategy: `balanced` takes k of every m neighbouring entries for fraction = k/m, so that the selected ones are
     evenly spread as section 3.2 of the paper asks; `uniform` takes any ⌊fraction · n⌋ of the n entries, each subset as
@@ -138,7 +140,7 @@ def select_entries(
     Raises RecipeError for a matrix too small for the fraction, ValueError for an unknown strategy or a fraction that
     `balanced` cannot take, which no recipe holds.
     """
-    selection, bits = _draw(rows, columns, strategy, fraction, stream_key(seed, name))
+    selection, bits = _draw(rows, columns, strategy, fraction, _key(seed, name))
     if selection.count == 0:
         raise RecipeError(
             f"selection.fraction: {name} has {rows * columns} entries: too few to train {fraction:g} of them; raise "
@@ -147,7 +149,11 @@ def select_entries(
     return selection, bits
 
 
-def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int) -> tuple[Selection, Tensor]:
+def _key(seed: int | None, name: str) -> int | None:
+    return None if seed is None else stream_key(seed, name)
+
+
+def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int | None) -> tuple[Selection, Tensor]:
     entries = rows * columns
     if fraction == 1:
         return Selection(rows, columns, entries, "all"), torch.empty(0, dtype=torch.uint8)
@@ -160,18 +166,25 @@ def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int) -> 
     k, m = balanced_group(fraction)
     if (k, m) == (1, 2):
         selection = Selection(rows, columns, entries // 2, "pair")
+        if key is None:
+            return selection, torch.zeros(selection.bytes_held, dtype=torch.uint8)
         coins = random_int64(key, -(-selection.count // 64)).view(torch.uint8)
         return selection, _pack(_unpack(coins, selection.count).bool())
     groups = entries // m
+    if key is None:
+        selection = Selection(rows, columns, groups * k, "bitmap")
+        return selection, torch.zeros(selection.bytes_held, dtype=torch.uint8)
     ranks = random_int64(key, groups * m).view(groups, m).argsort(dim=1, stable=True).argsort(dim=1)
     chosen = torch.zeros(entries, dtype=torch.bool)
     chosen[: groups * m] = (ranks < k).view(-1)
     return Selection(rows, columns, groups * k, "bitmap"), _pack(chosen)
 
 
-def _draw_uniform(size: int, fraction: float, key: int) -> tuple[int, Tensor]:
+def _draw_uniform(size: int, fraction: float, key: int | None) -> tuple[int, Tensor]:
     """⌊fraction · size⌋ of `size` flags, any subset as likely: (how many, the bits)."""
     count = int(size * Fraction(fraction).limit_denominator(10**6))
+    if key is None:
+        return count, torch.zeros(-(-size // 8), dtype=torch.uint8)
     chosen = torch.zeros(size, dtype=torch.bool)
     chosen[torch.sort(random_int64(key, size), stable=True).indices[:count]] = True
     return count, _pack(chosen)

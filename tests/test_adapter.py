@@ -191,6 +191,16 @@ def test_start_and_selection_do_not_depend_on_construction_order():
     assert not torch.equal(first.A, adapted(seed=1).A)
 
 
+@pytest.mark.parametrize("strategy", ["balanced", "uniform", "structured"])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("frozen_entries", ["zero", "init"])
+def test_without_a_seed_nothing_is_drawn_and_all_has_its_size(strategy, fraction, frozen_entries):
+    how = {"strategy": strategy, "fraction": fraction, "frozen_entries": frozen_entries, "in_features": 37}
+    drawn, sized = adapted(**how), adapted(seed=None, **how)
+    assert {n: t.shape for n, t in drawn.state_dict().items()} == {n: t.shape for n, t in sized.state_dict().items()}
+    assert (drawn.A_selection, drawn.B_selection) == (sized.A_selection, sized.B_selection)
+
+
 def test_autograd_keeps_only_the_input():
     module = adapted(in_features=128, out_features=256)
     x = torch.randn(16, 128, requires_grad=True) * 1

@@ -36,11 +36,12 @@ class Unit:
 
 
 def build_on_meta(
-    config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype, attention: str = ATTENTION
+    config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype, attention: str = ATTENTION, *, draws: bool = True
 ) -> CausalLM:
     """The model with its linears replaced and adapters attached; every base parameter is on the meta device.
 
-    attention: transformers' name of another implementation, for one that keeps a cache.
+    attention: transformers' name of another implementation, for one that keeps a cache. draws: False where only sizes
+    are asked for, and adapters need neither their start nor their S.
 
     Raises RecipeError if the architecture, or a target module, is not there, or if the checkpoint is quantized in
     another way than the recipe says.
@@ -62,7 +63,7 @@ def build_on_meta(
         raise RecipeError(f"model.path: {config.model_type} is no causal language model here ({reason})") from None
     # Registering on meta made a copy of each tied parameter.
     model.tie_weights()
-    _replace_linears(model, recipe, dtype, kept_dense)
+    _replace_linears(model, recipe, dtype, kept_dense, recipe.seed if draws else None)
     model.requires_grad_(recipe.method == "full")
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
@@ -272,7 +273,9 @@ def _check_stored_quantization(config: PreTrainedConfig, ours: Quantization) -> 
     return stored.get("llm_int8_skip_modules") or []
 
 
-def _replace_linears(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, kept_dense: list[str]) -> None:
+def _replace_linears(
+    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, kept_dense: list[str], seed: int | None
+) -> None:
     head = model.get_output_embeddings()
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
@@ -291,7 +294,7 @@ def _replace_linears(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype,
                 adapter=recipe.adapter,
                 strategy=recipe.selection.strategy,
                 fraction=recipe.effective_fraction,
-                seed=recipe.seed,
+                seed=seed,
             )
         else:
             new = ShardedLinear(linear.in_features, linear.out_features, **common, trained=recipe.method == "full")
