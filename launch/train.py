@@ -58,7 +58,8 @@ def main() -> int:
     ranks = start_ranks(recipe, dtype)
     warn = Console(ranks.is_main).warn
     resumed = agreed_checkpoint(ranks, lambda: find_checkpoint(recipe, warn))
-    run_dir = claim_run_directory(recipe, ranks, resumes=resumed is not None)
+    goes_on = resumed is not None and resumed.is_of(recipe.run_dir)  # a named one may be another run's
+    run_dir = claim_run_directory(recipe, ranks, goes_on)
     product_limit = matrix_product_limit(ranks.device, dtype)  # before anything is measured
     log = RunLog(recipe, ranks, run_dir)
     log.console.info(f"{recipe.name}: {recipe.method}, {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
@@ -85,7 +86,7 @@ def main() -> int:
         log.planned(planned)
 
     with log.phase("load"):
-        loaded = load_model(recipe, directory, ranks, dtype, log.console.info, run_dir, resumed)
+        loaded = load_model(recipe, directory, ranks, dtype, log.console.info, None if goes_on else run_dir, resumed)
         engine = Engine(ranks, loaded.model, training)
         if recipe.adapter.init_from is not None and resumed is None:  # what a bf16 model holds of it is rounded
             engine.set_trained_values(load_adapter(recipe.adapter.init_from, recipe).trained_values(loaded.model))
@@ -154,11 +155,12 @@ def main() -> int:
             )
         log.rehearsed()
     # Only now can nothing be refused any more.
-    start_step = 0
-    if resumed is None:
+    if not goes_on:
         clear_run_directory(run_dir, ranks)
         if loaded.own_base is not None:
             loaded.own_base.place()
+    start_step = 0
+    if resumed is None:
         if recipe.evaluation.before:
             evaluate(0)
             answer("before")

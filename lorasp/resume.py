@@ -122,6 +122,9 @@ class Found:
         """Its adapter's directory; None with `method: full`."""
         return self.path / "adapter" if (self.path / "adapter").is_dir() else None
 
+    def is_of(self, run_dir: Path) -> bool:
+        return self.path.resolve().parent.parent == run_dir.resolve()
+
     def restore(self, engine: Engine) -> None:
         """Puts the engine into this state. Each rank reads its own part. Collective."""
         with ExitStack() as stack:

@@ -181,8 +181,8 @@ def load_model(
     """Builds the recipe's model unit by unit, each sharded as soon as it is filled. Collective. Raises RecipeError.
 
     tell: is given a line about where the quantized base comes from, or is kept. run_dir: where a base is written that
-    `quantization.init: residual` makes; None where nothing is trained on it. resumed: from whose adapter, if it has
-    one, the model starts; the rest of its state is the engine's.
+    `quantization.init: residual` makes; None where it is there, or nothing is trained on it. resumed: from whose
+    adapter, if it has one, the model starts; the rest of its state is the engine's.
     """
     config = load_config(directory, recipe.model)
     checkpoint = open_weights(directory, recipe)
@@ -201,7 +201,7 @@ def load_model(
     if recipe.quantization.init == "residual":
         if saved is not None:
             use_run_base(checkpoint, saved.own_base_of)
-        keeps = RunBaseWriter(run_dir) if run_dir is not None and ranks.is_main and not resumed else None
+        keeps = RunBaseWriter(run_dir) if run_dir is not None and ranks.is_main else None
     else:
         cache = _quantized_cache(recipe, model, checkpoint, dtype, ranks, tell)
         manifest, cached_at = ranks.gather((cache.found(), cache.path) if cache else (None, None))[0]

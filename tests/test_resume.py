@@ -112,7 +112,8 @@ def test_what_makes_another_run_is_told_and_what_does_not_goes_on(tmp_path):
     assert find_checkpoint(other.model_copy(update={"overwrite": True}), pytest.fail) is None
     assert find_checkpoint(settings.model_copy(update={"resume": "never"}), pytest.fail) is None
     by_name = recipe(tmp_path / "elsewhere", resume=str(settings.run_dir / "checkpoints" / "step-00000003"))
-    assert find_checkpoint(by_name, pytest.fail).state.step == 3
+    found = find_checkpoint(by_name, pytest.fail)
+    assert found.state.step == 3 and found.is_of(settings.run_dir) and not found.is_of(by_name.run_dir)
     with pytest.raises(RecipeError, match=r"resume: nowhere is no whole checkpoint: manifest.json is missing"):
         find_checkpoint(recipe(tmp_path, resume="nowhere"), pytest.fail)
 
