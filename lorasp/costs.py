@@ -5,16 +5,15 @@ The model is linear: seconds = Σ amount · seconds each. On the machine at hand
 calculation, not a measurement.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Self
 
 import numpy as np
-from torch import nn
 
 from lorasp.accounting import count_flops
-from lorasp.models.build import units
-from lorasp.models.causal_lm import CausalLM, needless_in_backward
+from lorasp.models.causal_lm import CausalLM
+from lorasp.models.gathers import gathered_bytes, unit_gathers
 from lorasp.quantization import ShardedLinear
 
 
@@ -50,25 +49,8 @@ def count_work(model: CausalLM, *, rows: int, length: int, world_size: int) -> W
         weights=2 * quantized,
         passed=tokens * layers * (config.hidden_size + config.intermediate_size),
         received=gathered_bytes(model) * (world_size - 1) / world_size,
-        units=sum(gathers for _, gathers in _gathers(model)),
+        units=sum(gathers for _, gathers in unit_gathers(model)),
     )
-
-
-def gathered_bytes(model: CausalLM) -> int:
-    """Bytes, as stored, of all that a training step gathers; of each, a rank lacks (N - 1)/N."""
-    return sum(
-        gathers * sum(p.numel() * p.element_size() for p in module.parameters()) for module, gathers in _gathers(model)
-    )
-
-
-def _gathers(model: CausalLM) -> Iterator[tuple[nn.Module, int]]:
-    """Each unit, and how often it is gathered in a step: for forward, and again for backward if that needs it.
-
-    A tied weight is gathered for each of its two units.
-    """
-    once = set(needless_in_backward(model))
-    for unit in units(model.model):
-        yield unit.module, 1 if unit.module in once else 2
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
-from lorasp.costs import gathered_bytes
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
 from lorasp.live_tensors import LiveTensors
 from lorasp.memory import GATHERED_AT_ONCE, gib
 from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CausalLM
+from lorasp.models.gathers import gathered_bytes
 from lorasp.models.recompute import set_recomputation
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe

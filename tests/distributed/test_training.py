@@ -9,10 +9,10 @@ import random
 import pytest
 import torch
 
-from lorasp.costs import gathered_bytes
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
 from lorasp.models.build import build_on_meta
+from lorasp.models.gathers import gathered_bytes
 from lorasp.models.weights import load_config
 from lorasp.planning import plan
 from lorasp.recipe import Recipe
