@@ -132,9 +132,9 @@ def test_a_recipe_that_fits_only_with_short_batches_stops_before_step_1(place, t
 
 
 def test_answers_that_do_not_fit_stop_before_step_1(place, tmp_path):
-    """200 MiB hold training, and the scoring of nine rows one at a time, not nine answers of 16,384 tokens."""
+    """330 MiB hold training, and the scoring of nine rows one at a time, not nine answers of 16,384 tokens."""
     arguments = [str(place / "tiny.yaml"), "name=answers", "evaluation.micro_batch_size=1", "evaluation.samples=9"]
-    script = _LIMITED.format(mib=200, argv=[TRAIN, *arguments, "evaluation.max_new_tokens=16384"])
+    script = _LIMITED.format(mib=330, argv=[TRAIN, *arguments, "evaluation.max_new_tokens=16384"])
     done = run([sys.executable, "-c", script], tmp_path)
     assert done.returncode == 2, done.stderr
     assert "out of memory on rank 0 in phase rehearse_evaluate (answering the samples): " in done.stderr
