@@ -202,8 +202,7 @@ def main() -> int:
         # Weights that gave no finite loss are not worth keeping, and must not replace those that did.
         checkpoints.wait()
         kept_step = stopped.step - 1 if stopped.weights_are_good else None
-        last = agreed_checkpoint(ranks, lambda: newest_checkpoint(run_dir, warn))
-        if kept_step is None and last is not None:
+        if kept_step is None and (last := agreed_checkpoint(ranks, lambda: newest_checkpoint(run_dir, warn))):
             last.restore(engine)
             kept_step = last.state.step
         kept = "nothing was saved (checkpoint.every_steps)"
@@ -215,10 +214,8 @@ def main() -> int:
     except Preempted as left:
         checkpoints.wait()
         if ranks.is_main:
-            write_text_whole(
-                run_dir / LEFT, json.dumps({"step": left.step, "checkpoint": str(checkpoints.path(left.step))})
-            )
-        log.console.info(f"{left}; the same command goes on from there")
+            write_text_whole(run_dir / LEFT, json.dumps(checkpoints.left_at(left.step)))
+        log.console.info(f"{left}; the same command goes on")
         stop_ranks(ranks)
         return PREEMPTED
 

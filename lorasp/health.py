@@ -9,11 +9,10 @@ _asked = False
 
 
 class Preempted(Exception):
-    """The run was asked to leave, and its state after `step`, if it took one, is on the disk or on its way there."""
+    """The run was asked to leave, and its state after `step`, if it took one, is on its way to the disk."""
 
     def __init__(self, step: int) -> None:
-        kept = f"the state of step {step} is kept" if step else "no step was taken yet"
-        super().__init__(f"asked to leave; {kept}")
+        super().__init__(f"left after step {step}, as it was asked to")
         self.step = step
 
 

@@ -49,21 +49,14 @@ _READ_AT_ONCE = 2**24
 
 # Settings that may change between two parts of a run: where things lie, how memory and time are spent, what is told.
 # Model and data are known by their digests.
-_FREE = (
-    *("name", "output_dir", "overwrite", "rehearse", "resume", "deterministic", "checkpoint", "deepspeed", "tracking"),
-    *(
-        "profile",
-        "memory",
-        "evaluation",
-        "health",
-        "model.path",
-        "model.revision",
-        "model.trust_remote_code",
-        "adapter.init_from",
-    ),
-    *("data.train", "data.held_out", "data.revision", "data.limit", "quantization.cache", "training.micro_batch_size"),
-    *("training.activation_checkpointing", "training.offload_activations", "training.log_every"),
-    "training.evaluate_every",
+_FREE = set(
+    """
+    name output_dir overwrite rehearse resume deterministic checkpoint deepspeed tracking profile memory evaluation
+    health
+    model.path model.revision model.trust_remote_code data.train data.held_out data.revision data.limit
+    adapter.init_from quantization.cache training.micro_batch_size training.activation_checkpointing
+    training.offload_activations training.log_every training.evaluate_every
+    """.split()
 )
 
 
@@ -212,6 +205,10 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         """Where the one of `step` is, or will be."""
         return self._root / f"step-{step:08d}"
+
+    def left_at(self, step: int) -> dict[str, Any]:
+        """What to tell of a run that left after `step`: its checkpoint; None where the disk refused it."""
+        return {"step": step, "checkpoint": str(self.path(step)) if self.path(step).is_dir() else None}
 
     def more_bytes(self, trained_entries: int) -> int:
         """The most that will be written besides what is there: a new one is whole before an old one goes."""

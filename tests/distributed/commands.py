@@ -88,6 +88,19 @@ def run(command: list[str], home: Path, timeout: float = 180, threads: int = 1) 
     return Done(returncode, "".join(out), "".join(err), None if told is None else ended - told)
 
 
+def start(command: list[str], home: Path) -> subprocess.Popen:
+    """Starts `command` as `run` does, in a session of its own; all that it says comes line by line from stdout."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment_of(home),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 
 import psutil
 import pytest
 
-from tests.distributed.commands import accelerate_on_two, environment_of
-from tests.distributed.launching import ROOT
+from tests.distributed.commands import accelerate_on_two, start
 
 WIDE = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,15 +38,7 @@ def test_a_rank_killed_while_loading_ends_the_other_with_a_message(rank, tmp_pat
     )
     command = accelerate_on_two(str(tmp_path / "wide.yaml"))
     lines: list[str] = []
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment_of(home),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:
+    with start(command, home) as process:
         clock = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
         clock.start()
         killed = None

@@ -10,8 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorasp.cli import PREEMPTED
-from tests.distributed.commands import accelerate_on_two, environment_of, python, run
-from tests.distributed.launching import ROOT
+from tests.distributed.commands import accelerate_on_two, python, run, start
 
 pytestmark = pytest.mark.slow
 
@@ -25,15 +24,7 @@ def history(run_dir: Path) -> list[dict]:
 
 def leave(command: list[str], home: Path, step: int, send) -> tuple[int, str]:
     """Starts `command`, calls `send` with its process once it tells of `step`; (exit code, both outputs)."""
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment_of(home),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:
+    with start(command, home) as process:
         told = []
         for line in process.stdout:
             told.append(line)
@@ -66,7 +57,7 @@ def runs(place, home, tmp_path_factory) -> dict[str, Path]:
     assert code != 0 and f"exitcode: {PREEMPTED}" in told.replace("exitcode : ", "exitcode: "), told[-4000:]
     marker = json.loads((left / "left.json").read_text())
     assert 5 <= marker["step"] < 40 and Path(marker["checkpoint"]).is_dir() and not (left / "report.json").exists()
-    assert f"asked to leave; the state of step {marker['step']} is kept" in told
+    assert f"left after step {marker['step']}, as it was asked to" in told
     code, told = leave(accelerate_on_two(*common, "name=left"), home, marker["step"] + 5, to_the_launcher)
     assert code != 0 and f"resumed after step {marker['step']} of 2 rank(s)" in told, told[-4000:]
     second = json.loads((left / "left.json").read_text())["step"]
