@@ -8,7 +8,7 @@ Needs `pip install peft` and Alpaca in $LORASP_DATA (default: ../shared/data). B
 linears with NF4 and ZeRO-3, in the same precision, with the same allocator settings and threads; they take turns in
 every round. `same_examples`: both train the same examples in the same steps, padded by the stack, unpadded by ours.
 `full_rows`: rows filled to their length, joined end to end by the stack, whole examples side by side by ours.
-`width_7b`: load and train 8 layers of LLaMA-7B's true width with random weights (4 GB of disk, 14 of memory).
+`width_7b`: load and train layers of LLaMA-7B's true width with random weights (8: 4 GB of disk, 14 of memory).
 """
 
 import argparse
@@ -106,7 +106,7 @@ CASES = {
         },
         packed=True,
     ),
-    "width_7b": Case("8 layers of 7B's width, random", {"ours": []}, model="slice-7b", batch=1, length=128),
+    "width_7b": Case("layers of 7B's width, random", {"ours": []}, model="slice-7b", batch=1, length=128),
 }
 
 
@@ -120,6 +120,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of each rank on a CPU")
     parser.add_argument("--batch", type=int, default=4, help="examples, or full rows, a rank a step")
     parser.add_argument("--length", type=int, default=256, help="tokens at which an example ends, and of a full row")
+    parser.add_argument("--layers", type=int, default=8, help="of 7B's width")
     parser.add_argument("--live", action="store_true", help="one more turn each, which counts the bytes of tensors")
     parser.add_argument("--malloc", choices=list(_MALLOC), default="returning", help="the C allocator, of both sides")
     options = parser.parse_args()
@@ -244,7 +245,8 @@ class Workload:
         self._batch, self._length = case.batch or options.batch, case.length or options.length
         self._directory = directory / case.model
         self._directory.mkdir(exist_ok=True)
-        self._model = convert_demo_model() if case.model == "SmolLM2-135M" else _slice_of_7b(self._directory / "model")
+        is_slice = case.model == "slice-7b"
+        self._model = _slice_of_7b(self._directory / "model", options.layers) if is_slice else convert_demo_model()
         self._total = _WARM_UP + options.steps
         self._global_batch = self._batch * self._ranks
         self._write_data()
@@ -339,8 +341,8 @@ class Workload:
         measured.first_loss = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
 
 
-def _slice_of_7b(directory: Path) -> Path:
-    """A checkpoint of LLaMA-7B's width and 8 of its 32 layers, bf16, seeded random.
+def _slice_of_7b(directory: Path, layers: int) -> Path:
+    """A checkpoint of LLaMA-7B's width and so many of its 32 layers, bf16, seeded random.
 
     A layer a file, as large checkpoints are; its tokens are the demo model's first 32,000.
     """
@@ -352,7 +354,7 @@ def _slice_of_7b(directory: Path) -> Path:
 
     directory.mkdir()
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=8, vocab_size=32000
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=layers, vocab_size=32000
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)

@@ -8,12 +8,13 @@ torchrun --nproc_per_node 2 launch/train.py recipes/quickstart.yaml
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
 from lorasp.cli import PREEMPTED, STOPPED, recipe_from_command_line, run_reporting_errors
-from lorasp.health import Preempted, listen_for_signals
+from lorasp.health import Preempted, listen_for_signals, stale_build_locks
 
 
 def main() -> int:
@@ -65,6 +66,8 @@ def main() -> int:
     log.console.info(f"{recipe.name}: {recipe.method}, {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
     for setting in ranks.overruled:
         log.console.warn(f"the recipe overrules the launcher's {setting}")
+    for lock in stale_build_locks():
+        log.console.warn(f"{lock} was left by a build that was killed; whatever needs that waits for ever: remove it")
 
     # Data before the model: what is wrong with it shows in seconds.
     directory = find_model(recipe, ranks)
@@ -104,19 +107,22 @@ def main() -> int:
     def evaluate(step: int) -> None:
         if data.held_out is not None:
             with log.phase("evaluate"):
-                held_out = score(engine, data, recipe.evaluation, ranks)
+                held_out = score(engine, data, recipe.evaluation, ranks, partial(leave_if_asked, step))
             log.scored(step, held_out)
 
-    def answer(when: str) -> None:
+    def answer(when: str, step: int) -> None:
         with log.phase("evaluate", ANSWERING):
-            answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
+            asks = partial(leave_if_asked, step)
+            answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks, asks)
+
+    checkpoints = Checkpoints(run_dir, recipe.checkpoint, is_main=ranks.is_main, warn=log.console.warn)
 
     def save(step: int) -> None:
+        checkpoints.wait()  # one that the disk refuses fills it until it is given up
         with log.phase("save"):
             path = save_result(run_dir, recipe, loaded, engine, tokenizer, step, writes=ranks.is_main)
         log.console.info(f"saved {path} at step {step}")
 
-    checkpoints = Checkpoints(run_dir, recipe.checkpoint, is_main=ranks.is_main, warn=log.console.warn)
     agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
     engine.on_progress = watchdog.count
@@ -132,8 +138,15 @@ def main() -> int:
         )
         with log.phase("save"), watchdog.patient():
             checkpoints.save(state, engine, adapter_info(recipe, loaded, step), loaded.model)
-        if agreement.leaves:
-            raise Preempted(step)
+
+    def leave(step: int) -> None:
+        if checkpoints.newest != step:
+            checkpoint(step)
+        raise Preempted(step)
+
+    def leave_if_asked(step: int) -> None:
+        if agreement.to_leave():
+            leave(step)
 
     if recipe.rehearse:
         with log.phase("rehearse_train"):
@@ -160,15 +173,12 @@ def main() -> int:
         if loaded.own_base is not None:
             loaded.own_base.place()
     start_step = 0
-    if resumed is None:
-        if recipe.evaluation.before:
-            evaluate(0)
-            answer("before")
-    else:
+    if resumed is not None:
         resumed.restore(engine)
         (run_dir / LEFT).unlink(missing_ok=True)
         start_step, samples = resumed.state.step, resumed.state.log["samples"]
         log.resume(resumed.state.log, start_step, resumed.state.world_size)
+    checkpoints.newest = start_step
 
     batches = training_batches(
         data.train.examples,
@@ -179,9 +189,14 @@ def main() -> int:
         start_step=start_step,
     )
     batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
+    is_scored = every(training.evaluate_every)
     try:
-        if agreement.saves(is_due=False):  # asked while it loaded
-            raise Preempted(start_step)
+        leave_if_asked(start_step)  # while it loaded
+        if resumed is None and recipe.evaluation.before:
+            evaluate(0)
+            answer("before", 0)
+        elif 0 < start_step < order.total_steps and is_scored(start_step) and resumed.state.held_out_loss is None:
+            evaluate(start_step)  # which the run left in the middle of
         with log.training(order.total_steps, loaded.flops, product_limit), watchdog.watching():
             train(
                 engine,
@@ -193,10 +208,18 @@ def main() -> int:
                 on_step=log.stepped,
                 on_log=log.trained,
                 when=[
-                    (every(training.evaluate_every), evaluate),
-                    (lambda step: agreement.saves(ranks.is_main and checkpoints.is_due(step)), checkpoint),
+                    (is_scored, evaluate),
+                    (
+                        lambda step: agreement.saves(ranks.is_main and checkpoints.is_due(step)),
+                        lambda step: leave(step) if agreement.leaves else checkpoint(step),
+                    ),
                 ],
             )
+        save(order.total_steps)  # before the checkpoint: where room is short, the result has it
+        checkpoint(order.total_steps)
+        checkpoints.wait()
+        evaluate(order.total_steps)
+        answer("after", order.total_steps)
         status = "finished"
     except NonFiniteLoss as stopped:
         # Weights that gave no finite loss are not worth keeping, and must not replace those that did.
@@ -219,12 +242,6 @@ def main() -> int:
         stop_ranks(ranks)
         return PREEMPTED
 
-    if status == "finished":
-        checkpoint(order.total_steps)
-        save(order.total_steps)
-        checkpoints.wait()
-        evaluate(order.total_steps)
-        answer("after")
     log.finish(
         status,
         parameters=asdict(loaded.counts),

@@ -1,4 +1,4 @@
-"""What all ranks do after a step: a signal may reach one of them only, and a clock is each one's own."""
+"""What all ranks do after a step or a batch: a signal may reach one of them only, and a clock is each one's own."""
 
 import torch
 from torch import distributed as dist
@@ -22,3 +22,7 @@ class Agreement:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
         self.leaves, saves = (bool(flag) for flag in flags)
         return saves or self.leaves
+
+    def to_leave(self) -> bool:
+        """Whether the run is to end, on all ranks alike. Collective."""
+        return self.saves(is_due=False)

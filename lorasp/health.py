@@ -1,11 +1,22 @@
-"""Signals: a run that must go leaves at its next step, with its state on disk. Imports nothing heavy."""
+"""What a run is told, or finds, about its own life; imports nothing heavy.
 
+Signals: a run that must go leaves at its next step or evaluation batch, with its state on disk. Locks of builds that
+were killed: torch compiles C++ (DeepSpeed's, for NVMe) under a file that nobody removes then, and waits while it is
+there.
+"""
+
+import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
 # A scheduler's warning (Slurm's --signal), and what a launcher or a terminal sends to end a process.
 _LEAVE = (signal.SIGUSR1, signal.SIGTERM)
 _asked = False
+
+_BUILDS = Path("~/.cache/torch_extensions")  # as torch.utils.cpp_extension has it
+_BUILD_TAKES_AT_MOST = 15 * 60  # seconds; those that DeepSpeed starts take one or two minutes
 
 
 class Preempted(Exception):
@@ -39,3 +50,17 @@ def _ask(number: int, frame: FrameType | None) -> None:
 def asked_to_leave() -> bool:
     """Whether this process got such a signal; others may not have."""
     return _asked
+
+
+def stale_build_locks() -> list[Path]:
+    """Locks of torch's C++ extensions that are older than any build."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _BUILDS).expanduser()
+    found = []
+    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # its build has just ended
+            continue
+        if age > _BUILD_TAKES_AT_MOST:
+            found.append(lock)
+    return found

@@ -194,13 +194,17 @@ def _has_ended(run_dir: Path) -> bool:
 
 
 class Checkpoints:
-    """Those of one run. On each rank; rank 0 writes, in a thread of its own once the state is gathered."""
+    """Those of one run. On each rank; rank 0 writes, in a thread of its own once the state is gathered.
+
+    newest: the step of which one was last asked for, or from which the run began or went on.
+    """
 
     def __init__(self, run_dir: Path, settings: Checkpointing, *, is_main: bool, warn: Callable[[str], None]) -> None:
         self._root, self._settings, self._is_main, self._warn = run_dir / CHECKPOINTS, settings, is_main, warn
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._since = time.monotonic()
+        self.newest = 0
 
     def path(self, step: int) -> Path:
         """Where the one of `step` is, or will be."""
@@ -229,7 +233,7 @@ class Checkpoints:
         A disk that refuses costs the checkpoint and not the run: it is told, and the one before stays.
         """
         self.wait()
-        self._since = time.monotonic()
+        self._since, self.newest = time.monotonic(), state.step
         if info is None:
             tensors = _flat_state(engine, with_masters=True)
             if self._is_main:

@@ -321,7 +321,13 @@ def save_result(
     return run_dir / "model"
 
 
-def score(engine: Engine, data: RunData, evaluation: Evaluation, ranks: Ranks) -> HeldOutScore:
+def score(
+    engine: Engine,
+    data: RunData,
+    evaluation: Evaluation,
+    ranks: Ranks,
+    before_batch: Callable[[], None] = lambda: None,
+) -> HeldOutScore:
     """Loss and exact match of the held-out examples, spread over the ranks. Collective."""
     return score_held_out(
         engine,
@@ -330,6 +336,7 @@ def score(engine: Engine, data: RunData, evaluation: Evaluation, ranks: Ranks) -
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
+        before_batch=before_batch,
     )
 
 
@@ -340,13 +347,19 @@ def answer_samples(
     tokenizer: PreTrainedTokenizerBase,
     evaluation: Evaluation,
     ranks: Ranks,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Adds to each sample, as `when`, what the model answers now. Collective."""
     if not samples:
         return
     prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
     answers = greedy_answers(
-        engine, prompts, eos=tokenizer.eos_token_id, max_new_tokens=evaluation.max_new_tokens, device=ranks.device
+        engine,
+        prompts,
+        eos=tokenizer.eos_token_id,
+        max_new_tokens=evaluation.max_new_tokens,
+        device=ranks.device,
+        before_batch=before_batch,
     )
     for sample, answer in zip(samples, answers, strict=True):
         sample[when] = tokenizer.decode(answer)

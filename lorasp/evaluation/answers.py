@@ -1,5 +1,7 @@
 """A few greedy answers of the sharded model, for people to read."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -9,13 +11,19 @@ from lorasp.zero.engine import Engine
 
 @torch.no_grad()
 def greedy_answers(
-    engine: Engine, prompts: list[list[int]], *, eos: int, max_new_tokens: int, device: torch.device
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    eos: int,
+    max_new_tokens: int,
+    device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The tokens that greedy decoding writes after each prompt, without the end of sequence.
 
     Every rank decodes all prompts, so that the forwards, and with them ZeRO-3's gathers, stay in step; rank 0's
     choices count. Each prompt has a token at least. They are recomputed at each token: right for a handful of short
-    answers, not for a benchmark.
+    answers, not for a benchmark. before_batch: called on all ranks before each forward; what it raises ends it.
     """
     engine.train_mode(False)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -23,6 +31,7 @@ def greedy_answers(
     for _ in range(max_new_tokens):
         if not open_:
             break
+        before_batch()
         chosen = next_token_logits(engine, [prompts[i] + answers[i] for i in open_], device).argmax(-1)
         dist.broadcast(chosen, 0)
         for i, token in zip(open_, chosen.tolist(), strict=True):

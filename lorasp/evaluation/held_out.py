@@ -1,5 +1,6 @@
 """Held-out loss and exact match, from one forward an example."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,16 @@ def score_held_out(
     rank: int,
     world_size: int,
     device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> HeldOutScore:
-    """Scores each example once over all ranks. Collective; all ranks get the same score."""
+    """Scores each example once over all ranks. Collective; all ranks get the same score.
+
+    before_batch: called on all ranks before each forward; what it raises ends the scoring.
+    """
     engine.train_mode(False)
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in evaluation_batches(examples, micro_batch_size, rank, world_size):
+        before_batch()
         losses, correct = engine(**batch.model_inputs(device), score=True)
         right = [part.all() for part in correct.split(batch.label_counts) if part.numel()]
         totals[0] += losses.sum()

@@ -626,8 +626,8 @@ def test_poisoned_weights_are_refused_by_the_rehearsal_or_stop_the_first_step(wo
 def test_a_full_disk_stops_before_step_1_or_leaves_the_checkpoint_before_whole(work, home, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # Room for the curves (4 KiB) and two checkpoints of some 80 KiB, not for a third beside them.
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    # A checkpoint takes some 1.05 MB: room for two, and for the result and its report, not for a third beside them.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2900k", "tmpfs", str(disk)]
     try:
         mounted = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:
@@ -635,7 +635,7 @@ def test_a_full_disk_stops_before_step_1_or_leaves_the_checkpoint_before_whole(w
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        recipe = [str(work / "tiny.yaml"), f"output_dir={disk}", "checkpoint.every_steps=1"]
+        recipe = [str(work / "tiny.yaml"), f"output_dir={disk}", "checkpoint.every_steps=1", "adapter.rank=80"]
         done = run(python(*recipe, "name=rehearsed"), home)
         assert done.returncode == BAD_INPUT
         [line] = done.errors
@@ -643,11 +643,11 @@ def test_a_full_disk_stops_before_step_1_or_leaves_the_checkpoint_before_whole(w
         assert "step 1/4" not in done.stdout and list((disk / "rehearsed").iterdir()) == []
 
         done = run(python(*recipe, "rehearse=false"), home)
-        assert done.returncode == BAD_INPUT and "step 4/4" in done.stdout
-        assert "the checkpoint of step 3 could not be written" in done.stdout and "that of step 2 stays" in done.stdout
-        [line] = done.errors
-        assert "No space left on device" in line and "Traceback" not in done.stderr  # its report
-        assert read_adapter(disk / "tiny", load_recipe(work / "tiny.yaml")).step == 4
+        assert done.returncode == 0, done.stderr
+        for step in (3, 4):
+            assert f"the checkpoint of step {step} could not be written" in done.stdout
+        assert done.stdout.count("that of step 2 stays") == 2
+        assert read_adapter(disk / "tiny", load_recipe(work / "tiny.yaml", ["adapter.rank=80"])).step == 4
         assert newest_checkpoint(disk / "tiny", pytest.fail).state.step == 2
     finally:
         subprocess.run(["umount", str(disk)], check=True)

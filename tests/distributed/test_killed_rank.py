@@ -1,15 +1,20 @@
-"""A rank that dies takes its run with it, at once and not by a timeout."""
+"""A rank that dies takes its run with it, at once and not by a timeout; and what was lost is trained again."""
 
 import json
 import os
+import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.distributed.commands import accelerate_on_two, start
+from tests.distributed.commands import TRAIN, accelerate_on_two, run, start
+from tests.distributed.launching import ROOT
+
+pytestmark = pytest.mark.slow
 
 WIDE = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,3 +68,111 @@ def _of_rank(launcher: int, rank: int) -> int:
         if process.environ().get("RANK") == str(rank):
             return process.pid
     raise AssertionError(f"no process of rank {rank}")
+
+
+# launch/train.py, of which one rank kills itself at the n-th time that it comes to a place.
+DYING = """
+import itertools, os, pathlib, runpy, signal, sys
+sys.path.insert(0, {root!r})
+place, rank, nth, marker = sys.argv[1:5]
+sys.argv = [{train!r}, *sys.argv[5:]]
+times = itertools.count(1)
+
+def die():
+    if os.environ["RANK"] == rank and next(times) == int(nth):
+        pathlib.Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, also=None):
+    original = getattr(owner, name)
+    def called(*arguments, **named):
+        also(*arguments) if also else die()
+        return original(*arguments, **named)
+    setattr(owner, name, called)
+
+if place == "loading":
+    from lorasp.quantization import ShardedLinear
+    before(ShardedLinear, "load")
+elif place == "forward":
+    from lorasp.models.causal_lm import Head
+    before(Head, "forward")
+elif place == "backward":
+    from lorasp.zero.engine import Engine
+    before(Engine, "backward", lambda engine, loss, **_: loss.register_hook(lambda gradient: die()))
+elif place == "saving":
+    from lorasp import resume
+    before(resume, "write_tensors_whole")
+elif place == "evaluating":
+    from lorasp.agreement import Agreement
+    before(Agreement, "to_leave")
+runpy.run_path({train!r}, run_name="__main__")
+"""
+
+# place -> (ranks that come there, how often at most before the death)
+PLACES = {
+    "loading": ((0, 1), 8),
+    "forward": ((0, 1), 16),
+    "backward": ((0, 1), 8),
+    "saving": ((0,), 3),
+    "evaluating": ((0, 1), 10),
+}
+SETTINGS = (
+    "rehearse=false",  # so that a rank lives long enough to train
+    "training.max_steps=40",
+    "training.epochs=20",
+    "training.evaluate_every=4",
+    "checkpoint.every_steps=2",
+    "adapter.dropout=0.1",
+    "evaluation.samples=1",
+    "evaluation.micro_batch_size=1",
+)
+
+
+def moments(count: int, seed: int) -> list[tuple[str, int, int]]:
+    """(place, rank, how often the rank comes there first): each place as often as the others, else at random."""
+    numbers = random.Random(seed)
+    drawn = []
+    for index in range(count):
+        ranks, often = PLACES[place := list(PLACES)[index % len(PLACES)]]
+        drawn.append((place, numbers.choice(ranks), numbers.randint(1, often)))
+    numbers.shuffle(drawn)
+    return drawn
+
+
+def run_dying(command: list[str], moment: tuple[str, int, int], script: Path, home: Path) -> tuple[int, float, str]:
+    """(exit code, seconds from the death to the end, what was told) of the launch."""
+    marker = script.with_suffix(".died")
+    marker.unlink(missing_ok=True)
+    where = command.index(TRAIN)
+    dying = [*command[:where], str(script), *map(str, moment), str(marker), *command[where + 1 :]]
+    with start(dying, home) as process:
+        told, _ = process.communicate(timeout=180)
+        ended = time.time()
+    assert marker.exists(), f"{moment} never came:\n{told}"
+    return process.returncode, ended - marker.stat().st_mtime, told
+
+
+def report(run_dir: Path) -> dict:
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_undisturbed_runs_end(place, home, tmp_path):
+    """One run, killed five times: each death ends both ranks within a minute, and costs at most two steps."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(root=str(ROOT), train=TRAIN))
+    recipe = (str(place / "tiny.yaml"), f"output_dir={tmp_path}", *SETTINGS)
+    calm = run(accelerate_on_two(*recipe, "name=calm"), home)
+    assert calm.returncode == 0, calm.stderr
+    for moment in moments(5, seed=0):
+        code, seconds, told = run_dying(accelerate_on_two(*recipe, "name=killed"), moment, script, home)
+        assert code != 0 and seconds < 60, (moment, code, seconds)
+        assert "Signal 9 (SIGKILL)" in told and f"local_rank: {moment[1]}" in told
+        assert not (tmp_path / "killed" / "report.json").exists()
+    done = run(accelerate_on_two(*recipe, "name=killed"), home)
+    assert done.returncode == 0 and "resumed after step" in done.stdout, done.stderr
+    calm, killed = report(tmp_path / "calm"), report(tmp_path / "killed")
+    losses = [[(row["step"], row["loss"]) for row in its["history"]] for its in (calm, killed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+    assert calm["scores"] == killed["scores"] and [its["step"] for its in calm["scores"]] == list(range(0, 41, 4))
+    for name in ("held_out_loss_after", "final_train_loss"):
+        assert calm["metrics"][name] == killed["metrics"][name]

@@ -10,12 +10,31 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorasp.cli import PREEMPTED
-from tests.distributed.commands import accelerate_on_two, python, run, start
+from tests.distributed.commands import TRAIN, accelerate_on_two, python, run, start
+from tests.distributed.launching import ROOT
 
 pytestmark = pytest.mark.slow
 
 STEPS = 60
 SETTINGS = (f"training.max_steps={STEPS}", "training.epochs=20", "adapter.dropout=0.1", "evaluation.samples=1")
+
+
+# launch/train.py, whose rank 1 gets SIGTERM in the third batch of the second evaluation.
+ASKED = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from lorasp.evaluation import held_out
+evaluations, batches = [], held_out.evaluation_batches
+def asked(*arguments):
+    evaluations.append(1)
+    for index, batch in enumerate(batches(*arguments)):
+        if len(evaluations) == 2 and index == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+held_out.evaluation_batches = asked
+sys.argv[0] = {train!r}
+runpy.run_path({train!r}, run_name="__main__")
+"""
 
 
 def history(run_dir: Path) -> list[dict]:
@@ -90,3 +109,23 @@ def test_tensorboard_shows_one_curve(runs):
     events.Reload()
     points = events.Scalars("train/loss")
     assert [point.step for point in points] == list(range(1, STEPS + 1))
+
+
+def test_a_run_leaves_in_the_middle_of_an_evaluation_and_repeats_it(runs, place, home, tmp_path):
+    """The one after the last step, whose result is on the disk by then; one rank is asked, and both leave."""
+    script = tmp_path / "asked.py"
+    script.write_text(ASKED.format(root=str(ROOT), train=TRAIN))
+    left = (str(place / "tiny.yaml"), f"output_dir={tmp_path}", *SETTINGS, "evaluation.micro_batch_size=1")
+    command = accelerate_on_two(*left, "name=left")
+    done = run([str(script) if part == TRAIN else part for part in command], home)
+    assert done.returncode != 0 and f"left after step {STEPS}, as it was asked to" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "left" / "left.json").read_text())["step"] == STEPS
+    assert (tmp_path / "left" / "adapter" / "adapter.safetensors").is_file()
+    done = run(command, home)
+    assert done.returncode == 0 and f"resumed after step {STEPS}" in done.stdout, done.stderr
+    ours, calm = (json.loads((of / "report.json").read_text()) for of in (tmp_path / "left", runs["calm"]))
+    assert [(row["step"], row["loss"]) for row in ours["history"]] == [
+        (row["step"], row["loss"]) for row in calm["history"]
+    ]
+    assert ours["metrics"]["held_out_loss_after"] == pytest.approx(calm["metrics"]["held_out_loss_after"], rel=1e-6)
+    assert ours["samples"] == calm["samples"]

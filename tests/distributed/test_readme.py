@@ -218,11 +218,21 @@ def test_ci_runs_the_readmes_own_test_command():
     assert line.endswith("&& pytest")
 
 
+def test_files_for_accelerate_say_where_ranks_are_and_nothing_that_a_recipe_decides():
+    places = {"compute_environment", "distributed_type", "deepspeed_config", "num_machines", "num_processes"}
+    for file in (ROOT / "launch" / "accelerate").iterdir():
+        config = yaml.safe_load(file.read_text())
+        assert set(config) <= places | {"main_process_port", "main_training_function"}, file
+        assert set(config.get("deepspeed_config", {})) <= {"deepspeed_multinode_launcher"}, file
+
+
 def test_the_command_for_two_machines_trains_on_two_launchers_of_one(place, tmp_path):
     """The README's command as it stands but for the host, the port, the ranks and the recipe, typed on both."""
     [command] = re.findall(r"```\n(accelerate launch [^`]*?FIRST_HOST[^`]*?)\n```", README)
-    command = command.replace("\\\n", " ").replace("FIRST_HOST", "127.0.0.1").replace("29500", str(free_port()))
-    command = command.replace("--num_processes 16", "--num_processes 2")
+    command = command.replace("\\\n", " ").replace("FIRST_HOST", "127.0.0.1")
+    command = command.replace(
+        "launch/train.py", f"--num_processes 2 --main_process_port {free_port()} launch/train.py"
+    )
     command = command.replace("recipes/llama13b_alpaca.yaml", f"{place}/tiny.yaml name=machines")
     machines = [command, command.replace("--machine_rank 0", "--machine_rank 1")]
     assert machines[0] != machines[1]

@@ -15,6 +15,7 @@ from tests.distributed.conftest import home, place  # noqa: F401  (fixtures)
 from tests.distributed.launching import ROOT
 
 _NEEDED = {"slurmd": "slurmd", "slurmctld": "slurmctld", "sbatch": "slurm-client", "munged": "munge"}
+_UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED")
 _CLUSTER = Path(__file__).with_name("cluster.sh")
 
 
@@ -43,6 +44,10 @@ class Slurm:
                 return found
             time.sleep(0.1)
         pytest.fail(f"not within {seconds} s; squeue: {self.do('squeue')}")
+
+    def end(self, job: str) -> str:
+        """The state in which the job ends."""
+        return self.wait_until(lambda: (state := self.state(job)) not in _UNDER_WAY and state)
 
 
 @pytest.fixture(scope="session")

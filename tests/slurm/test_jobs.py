@@ -1,4 +1,4 @@
-"""`launch/slurm/train.sbatch` on two nodes: preempted in two ways, requeued, and the undisturbed run in the end."""
+"""`launch/slurm/` on two nodes: a run that is preempted, requeued, and ends as the undisturbed one; and others."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.distributed.commands import accelerate_on_two, run
 pytestmark = pytest.mark.slow
 
 SCRIPT = "launch/slurm/train.sbatch"
-STEPS = 150
+STEPS = 240  # some 20 s: it must still train when Slurm has made up its mind
 SETTINGS = (f"training.max_steps={STEPS}", "training.epochs=100", "adapter.dropout=0.1", "evaluation.samples=1")
 
 
@@ -62,10 +62,9 @@ def test_a_job_leaves_is_requeued_and_ends_as_the_undisturbed_run(disturb, slurm
     left = json.loads((run_dir / "left.json").read_text())["step"]
     assert 10 <= left < STEPS and f"step {STEPS}/{STEPS}" not in log()
     slurm.wait_until(lambda: slurm.state(job) == "PENDING")
-    slurm.do(
-        "scontrol", "update", f"JobId={job}", "StartTime=now"
-    )  # Slurm waits two minutes before it starts it again
-    slurm.wait_until(lambda: slurm.state(job) == "COMPLETED")
+    # Slurm waits two minutes before it starts it again.
+    slurm.do("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert slurm.end(job) == "COMPLETED", log()
     assert "start 0 on n[1-2], 1 rank(s) a node" in log() and "start 1 on n[1-2]" in log()
     assert f"resumed after step {left} of 2 rank(s)" in log()
     report = json.loads((run_dir / "report.json").read_text())
@@ -78,5 +77,28 @@ def test_a_job_leaves_is_requeued_and_ends_as_the_undisturbed_run(disturb, slurm
 def test_a_recipe_with_a_fault_ends_the_job_before_the_nodes_load_anything(slurm, submit, root, place):
     log = root / "fault.log"
     job = slurm.submit("--nodes", "2", "--output", str(log), SCRIPT, str(place / "tiny.yaml"), "adapter.rnak=3")
-    slurm.wait_until(lambda: slurm.state(job) == "FAILED")
+    assert slurm.end(job) == "FAILED"
     assert "did you mean adapter.rank" in log.read_text() and "start 0" not in log.read_text()
+
+
+def test_a_saved_adapter_is_scored_on_two_nodes(slurm, calm, root, place):
+    arguments = (str(place / "tiny.yaml"), f"output_dir={root}", f"adapter.init_from={root / 'calm'}")
+    log = root / "evaluate.log"
+    job = slurm.submit("--nodes", "2", "--output", str(log), "launch/slurm/evaluate.sbatch", *arguments)
+    assert slurm.end(job) == "COMPLETED", log.read_text()
+    report, trained = (json.loads((root / name / "report.json").read_text()) for name in ("tiny-evaluation", "calm"))
+    assert report["hosts"] == ["n1", "n2"]
+    after = "held_out_loss_after"
+    assert report["metrics"][after] == pytest.approx(trained["metrics"][after], rel=1e-6)
+
+
+def test_each_job_of_an_array_is_a_run_of_its_own(slurm, root, place):
+    changes = [f"output_dir={root} adapter.rank=2 training.max_steps=2", f"output_dir={root} adapter.rank=3"]
+    log = str(root / "sweep-%a.log")
+    job = slurm.submit(
+        "--array", "0-1", "--output", log, "launch/slurm/sweep.sbatch", str(place / "tiny.yaml"), *changes
+    )
+    for index, (rank, steps) in enumerate([(2, 2), (3, 4)]):
+        assert slurm.end(f"{job}_{index}") == "COMPLETED", Path(log.replace("%a", str(index))).read_text()
+        report = json.loads((root / f"tiny-{index}" / "report.json").read_text())
+        assert (report["recipe"]["adapter"]["rank"], len(report["history"])) == (rank, steps)
