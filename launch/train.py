@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 launch/train.py recipes/quickstart.yaml
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -49,7 +50,7 @@ def main() -> int:
         score,
     )
     from lorasp.timing import matrix_product_limit
-    from lorasp.trainer import NonFiniteLoss, every, train
+    from lorasp.trainer import Diverged, every, train
     from lorasp.watchdog import Watchdog
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
@@ -190,6 +191,7 @@ def main() -> int:
     )
     batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
     is_scored = every(training.evaluate_every)
+    uniform_guess = math.log(loaded.model.model.config.get_text_config().vocab_size)
     try:
         leave_if_asked(start_step)  # while it loaded
         if resumed is None and recipe.evaluation.before:
@@ -205,6 +207,7 @@ def main() -> int:
                 training,
                 device=ranks.device,
                 world_size=ranks.world_size,
+                max_loss=recipe.health.max_loss or 4 * uniform_guess,
                 on_step=log.stepped,
                 on_log=log.trained,
                 when=[
@@ -221,8 +224,8 @@ def main() -> int:
         evaluate(order.total_steps)
         answer("after", order.total_steps)
         status = "finished"
-    except NonFiniteLoss as stopped:
-        # Weights that gave no finite loss are not worth keeping, and must not replace those that did.
+    except Diverged as stopped:
+        # Weights that gave no sound loss are not worth keeping, and must not replace those that did.
         checkpoints.wait()
         kept_step = stopped.step - 1 if stopped.weights_are_good else None
         if kept_step is None and (last := agreed_checkpoint(ranks, lambda: newest_checkpoint(run_dir, warn))):

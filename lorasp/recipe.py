@@ -272,6 +272,8 @@ class Health(Section):
     # A rank that gathers, reduces and updates nothing for so long has stopped, and ends the run: see watchdog.py. One
     # layer's forward or backward must take less.
     hang_seconds: Count = 45
+    # A loss above it (nats a token) ends the run as NaN does; none: four times a uniform guess's, ln(vocabulary).
+    max_loss: Positive | None = None
 
 
 class Tracking(Section):

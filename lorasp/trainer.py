@@ -18,18 +18,25 @@ from lorasp.zero.engine import Engine
 PARTS = ("data", "gather", "reduce", "optimizer", "compute")  # of a step's seconds; the last is the rest
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient of `step` (from 1) was NaN or infinite, or the loss after its update.
+class Diverged(RuntimeError):
+    """The loss of `step` (from 1) or the one after its update was NaN, infinite or too high, or its gradient NaN.
 
-    weights_are_good: whether the weights are still those before that step, and gave a finite loss.
+    weights_are_good: whether the weights are still those before that step, and gave a sound loss.
     """
 
-    def __init__(self, step: int, *, weights_are_good: bool = False, after_update: bool = False) -> None:
+    def __init__(
+        self, step: int, loss: float = math.nan, *, weights_are_good: bool = False, after_update: bool = False
+    ) -> None:
         what = "gradient" if weights_are_good else "loss"
+        became = (
+            f"became {loss:.4g} nats a token, above health.max_loss,"
+            if math.isfinite(loss)
+            else "became NaN or infinite"
+        )
         when = "after the update of" if after_update else "at"
         super().__init__(
-            f"the {what} became NaN or infinite {when} step {step}; lower training.learning_rate or "
-            f"training.max_grad_norm, or look at the data of that step"
+            f"the {what} {became} {when} step {step}; lower training.learning_rate or training.max_grad_norm, or look "
+            f"at the data of that step"
         )
         self.step, self.weights_are_good = step, weights_are_good
 
@@ -63,6 +70,7 @@ def train(
     *,
     device: torch.device,
     world_size: int,
+    max_loss: float,
     on_step: Callable[[int], None],
     on_log: Callable[[LogPoint], None],
     when: Iterable[tuple[Callable[[int], bool], Callable[[int], None]]],
@@ -71,8 +79,9 @@ def train(
     with what that is; `on_step` and `on_log` come before that.
 
     The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
-    divided by their number N. Raises NonFiniteLoss on all ranks at the same step. What is called of `when`, and the
-    caller afterwards, finds weights whose own loss was finite: a step's loss is that of the weights before its update.
+    divided by their number N. Raises Diverged on all ranks at the same step, also for a loss above `max_loss`, nats a
+    token. What is called of `when`, and the caller afterwards, finds weights whose own loss was sound: a step's loss
+    is that of the weights before its update.
     """
     unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
     tokens_real = tokens_computed = labels = 0
@@ -85,7 +94,7 @@ def train(
         loss, norm = train_step(engine, current, device, world_size)
         if not engine.step_applied():
             (its_loss,), _ = _read([(loss, norm)])
-            raise NonFiniteLoss(current.step + 1, weights_are_good=math.isfinite(its_loss))
+            raise Diverged(current.step + 1, weights_are_good=its_loss <= max_loss)
         unread.append((loss, norm))
         tokens_real += current.token_count
         tokens_computed += current.computed_count
@@ -98,9 +107,9 @@ def train(
         if step % training.log_every == 0 or step == total_steps or due:
             losses, norms = _read(unread)
             seconds = time.perf_counter() - since
-            if not all(map(math.isfinite, losses)):  # though its gradient was finite
-                first = next(index for index, value in enumerate(losses) if not math.isfinite(value))
-                raise NonFiniteLoss(step - len(losses) + 1 + first)
+            if not all(loss <= max_loss for loss in losses):  # though its gradient was finite; of NaN nothing is true
+                first = next(index for index, loss in enumerate(losses) if not loss <= max_loss)
+                raise Diverged(step - len(losses) + 1 + first, losses[first])
             point = LogPoint(
                 step=step,
                 loss=losses[-1],
@@ -114,8 +123,8 @@ def train(
             )
             on_log(point)
             unread, tokens_real, tokens_computed, labels = [], 0, 0, 0
-            if (due or step == total_steps) and not math.isfinite(_loss_now(engine, current, device)):
-                raise NonFiniteLoss(step, after_update=True)
+            if (due or step == total_steps) and not (loss_now := _loss_now(engine, current, device)) <= max_loss:
+                raise Diverged(step, loss_now, after_update=True)
             for action in due:
                 action(step)
                 engine.train_mode(True)

@@ -26,7 +26,7 @@ from lorasp.reporting.report_text import format_peaks
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
 from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
-from lorasp.trainer import LogPoint, NonFiniteLoss
+from lorasp.trainer import Diverged, LogPoint
 from lorasp.zero.launch import Ranks
 
 FIRST_STEP = "train_first_step"
@@ -74,7 +74,7 @@ class RunLog:
                 yield
             self._mark()  # the phase around this one goes on
         except BaseException as error:
-            if not isinstance(error, NonFiniteLoss):  # after which the run saves and reports
+            if not isinstance(error, Diverged):  # after which the run saves and reports
                 self._trackers.close()  # the process ends with no clean-up of the interpreter's
             if not is_out_of_memory(error):
                 raise

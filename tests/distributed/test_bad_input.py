@@ -6,6 +6,7 @@ show that the sentence comes once from many ranks and that the launch ends.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -603,6 +604,15 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_and_ruined_weights_are_not_k
     assert done.stdout.count("NaN or infinite at step 2") == 1
     assert [rank["rank"] for rank in report["phases"]["train"]["ranks"]] == [0, 1]
     assert not (work / "runs" / "far" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_far_too_high_stops_the_run(work, home):
+    """The untrained model's is ln(261) = 5.6: below the default of four times that, above a limit of 5."""
+    done = run(python(str(work / "tiny.yaml"), "name=high", "health.max_loss=5"), home)
+    assert done.returncode == STOPPED and done.errors == []
+    status = json.loads((work / "runs" / "high" / "report.json").read_text())["status"]
+    assert re.search(r"the loss became 5\.[56]\d* nats a token, above health.max_loss, at step 1;", status), status
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,9 @@ def leave(command: list[str], home: Path, step: int, send) -> tuple[int, str]:
 def to_rank_1(process: subprocess.Popen) -> None:
     ranks = psutil.Process(process.pid).children(recursive=True)
     [its] = [rank for rank in ranks if rank.environ().get("RANK") == "1" and "train.py" in " ".join(rank.cmdline())]
-    its.send_signal(signal.SIGUSR1)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # the later ones while it saves
+        its.send_signal(number)
+        time.sleep(0.03)
 
 
 def to_the_launcher(process: subprocess.Popen) -> None:
