@@ -25,6 +25,7 @@ def main() -> int:
     from lorasp.agreement import Agreement
     from lorasp.checkpoint import load_adapter, write_text_whole
     from lorasp.data.batches import training_batches
+    from lorasp.evaluation.harness import check_harness, run_harness
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
@@ -44,8 +45,10 @@ def main() -> int:
         load_model,
         plan_memory,
         read_data,
+        read_mmlu_questions,
         save_result,
         score,
+        score_mmlu,
     )
     from lorasp.timing import matrix_product_limit
     from lorasp.trainer import NonFiniteLoss, every, train
@@ -77,6 +80,9 @@ def main() -> int:
     check_profile(recipe.profile, order.total_steps)
     for line in data.describe():
         log.console.info(line)
+    mmlu = read_mmlu_questions(recipe, directory, tokenizer)
+    if recipe.lm_eval.tasks:
+        check_harness(recipe.lm_eval)
 
     # And what cannot fit, before a weight is read.
     units = order.largest_units(data.train.examples, training.micro_batch_size)
@@ -110,6 +116,26 @@ def main() -> int:
     def answer(when: str) -> None:
         with log.phase("evaluate", ANSWERING):
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
+
+    def evaluate_mmlu(step: int, limit: int | None = None) -> bool:
+        """Whether it came to its end, and was not asked to leave."""
+        asked = mmlu if limit is None else mmlu.first(limit)
+        with log.phase("evaluate_mmlu"):
+            found = score_mmlu(
+                engine,
+                asked,
+                step,
+                recipe,
+                loaded,
+                ranks,
+                run_dir,
+                log.console,
+                again=resumed is None,
+                leaves=agreement.asked,
+            )
+        if found is not None:
+            log.mmlu_scored(step, asked, found, loaded.model.model.config, whole=limit is None)
+        return found is not None
 
     def save(step: int) -> None:
         with log.phase("save"):
@@ -146,6 +172,9 @@ def main() -> int:
         with log.phase("rehearse_evaluate", ANSWERING):
             prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
             rehearse_answers(engine, prompts, recipe.evaluation.max_new_tokens, ranks.device)
+        if mmlu is not None:
+            with log.phase("rehearse_evaluate_mmlu"):
+                mmlu.rehearse(engine, ranks)
         with log.phase("rehearse_save"):
             rehearse_save(
                 run_dir,
@@ -164,11 +193,22 @@ def main() -> int:
         if recipe.evaluation.before:
             evaluate(0)
             answer("before")
+        if mmlu is not None and recipe.mmlu.before:
+            evaluate_mmlu(0)
     else:
         resumed.restore(engine)
         (run_dir / LEFT).unlink(missing_ok=True)
         start_step, samples = resumed.state.step, resumed.state.log["samples"]
         log.resume(resumed.state.log, start_step, resumed.state.world_size)
+
+    def mmlu_is_due(step: int) -> bool:
+        return mmlu is not None and every(recipe.mmlu.every_steps)(step) and step < order.total_steps
+
+    def evaluate_some_mmlu(step: int) -> None:
+        evaluate_mmlu(step, recipe.mmlu.every_steps_limit)
+
+    if start_step and mmlu_is_due(start_step) and not log.has_mmlu(start_step):  # it left in the midst of it
+        evaluate_some_mmlu(start_step)
 
     batches = training_batches(
         data.train.examples,
@@ -194,10 +234,25 @@ def main() -> int:
                 on_log=log.trained,
                 when=[
                     (every(training.evaluate_every), evaluate),
+                    (mmlu_is_due, evaluate_some_mmlu),
                     (lambda step: agreement.saves(ranks.is_main and checkpoints.is_due(step)), checkpoint),
                 ],
             )
         status = "finished"
+        checkpoint(order.total_steps)
+        save(order.total_steps)
+        checkpoints.wait()
+        evaluate(order.total_steps)
+        answer("after")
+        if mmlu is not None:
+            with watchdog.watching():
+                finished = evaluate_mmlu(order.total_steps)
+            if not finished:
+                raise Preempted(order.total_steps)
+        if recipe.lm_eval.tasks:
+            with log.phase("evaluate_lm_eval"):
+                found = run_harness(engine, recipe.lm_eval, tokenizer, ranks)
+            log.harness_scored(found)
     except NonFiniteLoss as stopped:
         # Weights that gave no finite loss are not worth keeping, and must not replace those that did.
         checkpoints.wait()
@@ -219,12 +274,6 @@ def main() -> int:
         stop_ranks(ranks)
         return PREEMPTED
 
-    if status == "finished":
-        checkpoint(order.total_steps)
-        save(order.total_steps)
-        checkpoints.wait()
-        evaluate(order.total_steps)
-        answer("after")
     log.finish(
         status,
         parameters=asdict(loaded.counts),

@@ -13,6 +13,11 @@ class Agreement:
         self._group = dist.new_group(backend="gloo")
         self.leaves = False
 
+    def asked(self) -> bool:
+        """Whether the run is to leave, on all ranks alike. Collective."""
+        self.saves(is_due=False)
+        return self.leaves
+
     def saves(self, is_due: bool) -> bool:
         """Whether the state is to be saved, on all ranks alike: where the run leaves, or a rank finds it due.
 
