@@ -1,7 +1,10 @@
-"""Score a recipe's held-out examples with a saved adapter, or with the base alone, still sharded over the ranks.
+"""Score a saved adapter, or the base alone, still sharded over the ranks: held-out rows, MMLU, the harness's tasks.
 
 accelerate launch launch/evaluate.py recipes/quickstart.yaml adapter.init_from=runs/quickstart
 accelerate launch launch/evaluate.py recipes/quickstart.yaml name=base
+accelerate launch launch/evaluate.py my.yaml adapter.init_from=runs/my data.held_out=null mmlu.data=mmlu mmlu.limit=50
+accelerate launch launch/evaluate.py my.yaml model.path=runs/my/export/merged quantization=none mmlu.data=cais/mmlu
+accelerate launch launch/evaluate.py my.yaml adapter.init_from=runs/my 'lm_eval.tasks=[arc_easy,hellaswag]'
 """
 
 import sys
@@ -10,19 +13,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
-from lorasp.cli import recipe_from_command_line, run_reporting_errors
+from lorasp.cli import PREEMPTED, recipe_from_command_line, run_reporting_errors
+from lorasp.health import listen_for_signals
 from lorasp.recipe import RecipeError
 
 
 def main() -> int:
+    listen_for_signals()
     recipe = recipe_from_command_line(__doc__)
-    if recipe.data.held_out is None:
-        raise RecipeError("data.held_out: there is nothing to score; name a file of held-out rows")
+    if recipe.data.held_out is None and recipe.mmlu.data is None and not recipe.lm_eval.tasks:
+        raise RecipeError(
+            "data.held_out: there is nothing to score; name a file of held-out rows, MMLU's directory as mmlu.data, "
+            "or lm_eval.tasks"
+        )
     # Beside the run that trained the adapter, never over it.
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-evaluation", "overwrite": True})
 
     from lorasp.accounting import held_bytes
-    from lorasp.models.weights import hub_commit
+    from lorasp.agreement import Agreement
+    from lorasp.evaluation.harness import check_harness, run_harness
+    from lorasp.models.weights import hub_commit, load_tokenizer
     from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
     from lorasp.run import (
@@ -34,8 +44,11 @@ def main() -> int:
         find_model,
         load_model,
         read_data,
+        read_mmlu_questions,
         score,
+        score_mmlu,
     )
+    from lorasp.watchdog import Watchdog
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
 
@@ -44,9 +57,14 @@ def main() -> int:
     run_dir = claim_run_directory(recipe, ranks)
     log = RunLog(recipe, ranks, run_dir)
     directory = find_model(recipe, ranks)
-    fetch_data(recipe, ranks)
-    data = read_data(recipe, directory)
-    tokenizer = data.tokenizer
+    # Benchmarks ask nothing of the rows that were trained.
+    has_rows = recipe.data.held_out is not None
+    fetch_data(recipe, ranks, trains=has_rows)
+    data = read_data(recipe, directory) if has_rows else None
+    tokenizer = data.tokenizer if data else load_tokenizer(directory, recipe.model)
+    mmlu = read_mmlu_questions(recipe, directory, tokenizer)
+    if recipe.lm_eval.tasks:
+        check_harness(recipe.lm_eval)
 
     with log.phase("load"):
         loaded = load_model(recipe, directory, ranks, dtype, log.console.info)
@@ -55,19 +73,46 @@ def main() -> int:
 
     clear_run_directory(run_dir, ranks)  # an earlier evaluation's
 
-    samples = data.samples(recipe.evaluation.samples)
     step = loaded.start.step if loaded.start else 0
-    when = "after" if step else "before"
-    with log.phase("evaluate"):
-        held_out = score(engine, data, recipe.evaluation, ranks)
-    with log.phase("evaluate", ANSWERING):
-        answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
-    log.scored(step, held_out)
+    samples = data.samples(recipe.evaluation.samples) if data else []
+    if data:
+        with log.phase("evaluate"):
+            held_out = score(engine, data, recipe.evaluation, ranks)
+        with log.phase("evaluate", ANSWERING):
+            when = "after" if step else "before"
+            answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
+        log.scored(step, held_out)
+    agreement = Agreement()
+    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
+    engine.on_progress = watchdog.count
+    if mmlu is not None:
+        with log.phase("evaluate_mmlu"), watchdog.watching():
+            found = score_mmlu(
+                engine,
+                mmlu,
+                step,
+                recipe,
+                loaded,
+                ranks,
+                run_dir,
+                log.console,
+                again=True,
+                leaves=agreement.to_leave,
+            )
+        if found is None:
+            log.console.info("left within MMLU, as it was asked to; the same command goes on")
+            stop_ranks(ranks)
+            return PREEMPTED
+        log.mmlu_scored(step, mmlu, found, loaded.model.model.config, whole=True)
+    if recipe.lm_eval.tasks:
+        with log.phase("evaluate_lm_eval"):
+            results = run_harness(engine, recipe.lm_eval, tokenizer, ranks)
+        log.harness_scored(results)
     log.finish(
         "finished",
         parameters=asdict(loaded.counts),
         optimizer_state_bytes=engine.optimizer_state_bytes(),
-        data=data.report(),
+        data=data.report() if data else {},
         samples=samples,
         model_commit=hub_commit(directory, recipe.model),
     )

@@ -27,6 +27,7 @@ def main() -> int:
     from lorasp.agreement import Agreement
     from lorasp.checkpoint import load_adapter, write_text_whole
     from lorasp.data.batches import training_batches
+    from lorasp.evaluation.harness import check_harness, run_harness
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
@@ -46,8 +47,10 @@ def main() -> int:
         load_model,
         plan_memory,
         read_data,
+        read_mmlu_questions,
         save_result,
         score,
+        score_mmlu,
     )
     from lorasp.timing import matrix_product_limit
     from lorasp.trainer import Diverged, every, train
@@ -81,6 +84,9 @@ def main() -> int:
     check_profile(recipe.profile, order.total_steps)
     for line in data.describe():
         log.console.info(line)
+    mmlu = read_mmlu_questions(recipe, directory, tokenizer)
+    if recipe.lm_eval.tasks:
+        check_harness(recipe.lm_eval)
 
     # And what cannot fit, before a weight is read.
     units = order.largest_units(data.train.examples, training.micro_batch_size)
@@ -117,6 +123,25 @@ def main() -> int:
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks, asks)
 
     checkpoints = Checkpoints(run_dir, recipe.checkpoint, is_main=ranks.is_main, warn=log.console.warn)
+
+    def evaluate_mmlu(step: int, limit: int | None = None) -> None:
+        asked = mmlu if limit is None else mmlu.first(limit)
+        with log.phase("evaluate_mmlu"):
+            found = score_mmlu(
+                engine,
+                asked,
+                step,
+                recipe,
+                loaded,
+                ranks,
+                run_dir,
+                log.console,
+                again=resumed is None,
+                leaves=agreement.to_leave,
+            )
+        if found is None:
+            leave(step)
+        log.mmlu_scored(step, asked, found, loaded.model.model.config, whole=limit is None)
 
     def save(step: int) -> None:
         checkpoints.wait()  # one that the disk refuses fills it until it is given up
@@ -160,6 +185,9 @@ def main() -> int:
         with log.phase("rehearse_evaluate", ANSWERING):
             prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
             rehearse_answers(engine, prompts, recipe.evaluation.max_new_tokens, ranks.device)
+        if mmlu is not None:
+            with log.phase("rehearse_evaluate_mmlu"):
+                mmlu.rehearse(engine, ranks)
         with log.phase("rehearse_save"):
             rehearse_save(
                 run_dir,
@@ -181,6 +209,12 @@ def main() -> int:
         log.resume(resumed.state.log, start_step, resumed.state.world_size)
     checkpoints.newest = start_step
 
+    def mmlu_is_due(step: int) -> bool:
+        return mmlu is not None and every(recipe.mmlu.every_steps)(step) and step < order.total_steps
+
+    def evaluate_some_mmlu(step: int) -> None:
+        evaluate_mmlu(step, recipe.mmlu.every_steps_limit)
+
     batches = training_batches(
         data.train.examples,
         order,
@@ -197,8 +231,13 @@ def main() -> int:
         if resumed is None and recipe.evaluation.before:
             evaluate(0)
             answer("before", 0)
-        elif 0 < start_step < order.total_steps and is_scored(start_step) and resumed.state.held_out_loss is None:
-            evaluate(start_step)  # which the run left in the middle of
+        if resumed is None and mmlu is not None and recipe.mmlu.before:
+            evaluate_mmlu(0)
+        if 0 < start_step < order.total_steps:  # what the run may have left in the middle of
+            if is_scored(start_step) and resumed.state.held_out_loss is None:
+                evaluate(start_step)
+            if mmlu_is_due(start_step) and not log.has_mmlu(start_step):
+                evaluate_some_mmlu(start_step)
         with log.training(order.total_steps, loaded.flops, product_limit), watchdog.watching():
             train(
                 engine,
@@ -212,6 +251,7 @@ def main() -> int:
                 on_log=log.trained,
                 when=[
                     (is_scored, evaluate),
+                    (mmlu_is_due, evaluate_some_mmlu),
                     (
                         lambda step: agreement.saves(ranks.is_main and checkpoints.is_due(step)),
                         lambda step: leave(step) if agreement.leaves else checkpoint(step),
@@ -223,6 +263,13 @@ def main() -> int:
         checkpoints.wait()
         evaluate(order.total_steps)
         answer("after", order.total_steps)
+        if mmlu is not None:
+            with watchdog.watching():
+                evaluate_mmlu(order.total_steps)
+        if recipe.lm_eval.tasks:
+            with log.phase("evaluate_lm_eval"):
+                found = run_harness(engine, recipe.lm_eval, tokenizer, ranks)
+            log.harness_scored(found)
         status = "finished"
     except Diverged as stopped:
         # Weights that gave no sound loss are not worth keeping, and must not replace those that did.

@@ -251,6 +251,59 @@ class Evaluation(Section):
     max_new_tokens: Count = 64
 
 
+class Mmlu(Section):
+    """5-shot MMLU of the sharded model, at the end and where asked for: see evaluation/mmlu.py."""
+
+    # Directory of the original CSVs (dev/, test/), or a hub data set laid out as cais/mmlu. None: no MMLU.
+    data: str | None = None
+    revision: str | None = None  # of a hub data set
+    split: Literal["test", "val"] = "test"
+    subjects: Literal["all"] | list[str] = "all"  # names of subjects, or of categories: stem, humanities, …
+    shots: Annotated[int, Field(ge=0, le=5)] = 5
+    limit: Count | None = None  # the first questions of each subject only
+    # What a prompt longer than max_length loses: tokens from its left, as lm-evaluation-harness has it, or shots.
+    truncate: Literal["tokens", "shots"] = "tokens"
+    max_length: Count | None = None  # tokens; None: the model's
+    reuse_prefix: bool = True  # a subject's shots are computed once, their keys and values kept for its questions
+    tokens: Count = 4096  # a forward pass, on one rank
+    before: bool = False  # scores the untrained model as well
+    every_steps: Count | None = None  # scores while training as well
+    every_steps_limit: Count = 10  # then the first questions of each subject only
+
+    @field_validator("subjects", mode="before")
+    @classmethod
+    def _names(cls, names: Any) -> Any:
+        return _all_or_names(names, "all", "of subjects")
+
+
+class LmEval(Section):
+    """lm-evaluation-harness on the sharded model, at the end; the extra `lm-eval`: see evaluation/harness.py."""
+
+    tasks: list[str] = []  # as the harness names them; none: it is not run
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None  # None: as each task has it
+    limit: Count | None = None  # the first documents of each task only
+    include_path: str | None = None  # directory of task files of one's own
+    max_length: Count | None = None  # tokens; None: the model's
+    tokens: Count = 4096  # a forward pass, on one rank
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, names: Any) -> Any:
+        return _all_or_names(names, None, "of tasks")
+
+
+def _all_or_names(given: Any, all_of_them: str | None, kind: str) -> Any:
+    """Raises ValueError unless `given` is a list of names, or the word for all of them, if there is one."""
+    if isinstance(given, str) and given != all_of_them:
+        is_no = f"neither {all_of_them} nor a list" if all_of_them else "no list"
+        raise ValueError(f"{shown(given)} is {is_no} {kind}; for one write [{given}]")
+    if isinstance(given, list) and not all(type(name) is str for name in given):
+        raise ValueError(f"{shown(given)} is no list {kind}")
+    if given == [] and all_of_them:
+        raise ValueError(f"an empty list {kind}; name some, or write {all_of_them}")
+    return given
+
+
 class DeepSpeed(Section):
     config: str = Field(
         "zero3.json", validate_default=True
@@ -325,6 +378,8 @@ class Recipe(Section):
     training: Training = Training()
     checkpoint: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
+    mmlu: Mmlu = Mmlu()
+    lm_eval: LmEval = LmEval()
     deepspeed: DeepSpeed = DeepSpeed()
     tracking: Tracking = Tracking()
     profile: Profile = Profile()
@@ -371,6 +426,10 @@ class Recipe(Section):
                 del tree[section]
         if self.quantization.init == "plain":
             del tree["quantization"]["iterations"]
+        if self.mmlu.data is None:
+            del tree["mmlu"]
+        if not self.lm_eval.tasks:
+            del tree["lm_eval"]
         return tree
 
     @model_validator(mode="before")
@@ -445,5 +504,17 @@ class Recipe(Section):
         for key in ("revision", "limit"):
             if getattr(self.data, key) is not None and not isinstance(self.data.train, str):
                 yield (f"data.{key}", "data.train"), f"data.train is a list: write {key} beside the paths in it"
+        for section, key, absent in (
+            ("mmlu", "data", "is no mmlu.data"),
+            ("lm_eval", "tasks", "are no lm_eval.tasks"),
+        ):
+            its = getattr(self, section)
+            if getattr(its, key) and self.data.is_random:
+                yield (f"{section}.{key}", "data.train"), "random tokens come without a tokenizer, which this needs"
+            if getattr(its, key):
+                continue
+            for other in sorted(its.model_fields_set):
+                if getattr(its, other) != type(its).model_fields[other].default:
+                    yield (f"{section}.{other}", f"{section}.{key}"), f"there {absent} to score; remove this setting"
         if self.training.evaluate_every and not self.data.held_out:
             yield ("training.evaluate_every", "data.held_out"), "there is no data.held_out to evaluate on"

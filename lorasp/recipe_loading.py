@@ -88,6 +88,8 @@ def _resolve_paths(tree: dict[str, Any], report: Report, bases: Sequence[Path]) 
         ("adapter.init_from", False, True),
         ("data.train", True, False),
         ("data.held_out", True, False),
+        ("mmlu.data", False, False),
+        ("lm_eval.include_path", False, True),
         ("deepspeed.config", True, True),
     ):
         section, _, name = key.partition(".")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from lorasp.checkpoint import (
 )
 from lorasp.data.batches import Batch
 from lorasp.data.load import RunData, download_data, load_data
+from lorasp.data.mmlu import download_mmlu
 from lorasp.data.random_tokens import random_tokens
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.held_out import HeldOutScore, score_held_out
+from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore, trained_digest
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.causal_lm import CausalLM
@@ -40,12 +43,14 @@ from lorasp.planning import NoPlan, Plan, excess, plan
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.recipe_deepspeed import keeps_base_whole
+from lorasp.reporting.console import Console
 from lorasp.resume import LEFT, Found
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
 from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_whole, shard_unit
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
+_TOLD_EVERY = 5.0  # seconds: lines of MMLU's progress in a log file
 _OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export")
 
 
@@ -119,11 +124,24 @@ def read_data(recipe: Recipe, directory: Path) -> RunData:
     return load_data(recipe, load_tokenizer(directory, recipe.model))
 
 
-def fetch_data(recipe: Recipe, ranks: Ranks) -> None:
-    """Downloads the hub data sets of the recipe, once a node. Collective. Raises RecipeError."""
+def fetch_data(recipe: Recipe, ranks: Ranks, *, trains: bool = True) -> None:
+    """Downloads the hub data sets of the recipe, once a node. Collective. Raises RecipeError.
+
+    trains: False where only benchmarks are asked, and nothing of `data` is read.
+    """
     if int(os.environ["LOCAL_RANK"]) == 0:
-        download_data(recipe.data)
+        if trains:
+            download_data(recipe.data)
+        if recipe.mmlu.data is not None:
+            download_mmlu(recipe.mmlu)
     ranks.accelerator.wait_for_everyone()
+
+
+def read_mmlu_questions(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase) -> MmluEvaluation | None:
+    """MMLU's questions in the tokens of the model at `directory`; None where none are asked. Raises RecipeError."""
+    if recipe.mmlu.data is None:
+        return None
+    return MmluEvaluation(recipe.mmlu, tokenizer, load_config(directory, recipe.model))
 
 
 def plan_memory(
@@ -338,6 +356,51 @@ def score(
         device=ranks.device,
         before_batch=before_batch,
     )
+
+
+def score_mmlu(
+    engine: Engine,
+    questions: MmluEvaluation,
+    step: int,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    ranks: Ranks,
+    run_dir: Path,
+    console: Console,
+    *,
+    again: bool,
+    leaves: Callable[[], bool],
+) -> MmluScore | None:
+    """MMLU of the model after `step`, with its predictions in `mmlu/`; see `MmluEvaluation.run`. Collective."""
+    model = {
+        "base": loaded.base_digest,
+        "quantization": recipe.quantization.kind(),
+        "method": recipe.method,
+        "adapter": recipe.adapter.model_dump(exclude={"init_from", "dropout"}),
+        "selection": model_selection_digest(loaded.model.model),
+        "trained": trained_digest(engine),
+        "dtype": str(compute_dtype(recipe)),
+    }
+    last = float("-inf")  # when a line was told: the first forward's is
+    with console.progress(len(questions.questions), "MMLU question") as line:
+        before = 0
+
+        def progress(done: int, total: int, right: float) -> None:
+            nonlocal before, last
+            log = done == total or time.monotonic() - last >= _TOLD_EVERY
+            last = time.monotonic() if log else last
+            line.advance(done - before, log=log, accuracy=right)
+            before = done
+
+        return questions.run(
+            engine,
+            ranks,
+            run_dir / "mmlu" / f"step-{step:08d}.jsonl",
+            model,
+            again=again,
+            leaves=leaves,
+            progress=progress,
+        )
 
 
 def answer_samples(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lorasp.models.kept_states import KeptStates
+
 ATTENTION = "lorasp_examples"
 
 
@@ -20,6 +22,7 @@ def attend_within_examples(
     value: Tensor,
     attention_mask: Tensor | None,
     example_lengths: tuple[int, ...] = (),
+    kept_states: KeptStates | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -27,14 +30,20 @@ def attend_within_examples(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d]; example_lengths sum to T.
+    kept_states: what examples go on from, and leave behind.
 
     Raises ValueError for what the causal kernels do not compute: soft-capped logits, or attention sinks.
     """
     if softcap is not None or kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} caps its attention logits or uses sinks, which is not supported")
-    outputs = attend_each(
-        query, key, value, example_lengths, scaling=scaling, dropout=dropout, sliding_window=sliding_window
-    )
+    if kept_states is not None:
+        outputs = kept_states.attend(
+            module, query, key, value, example_lengths, scaling=scaling, sliding_window=sliding_window
+        )
+    else:
+        outputs = attend_each(
+            query, key, value, example_lengths, scaling=scaling, dropout=dropout, sliding_window=sliding_window
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasp.adapter import ExamplesAtHand, adapted_linears
+from lorasp.models.kept_states import KeptStates
 
 # Rows of logits at a time: 64 MiB in fp32 for a vocabulary of 128 k. Chunks of 8 would give a fifth of the speed (15
 # against 47 to 70 GFLOP/s on a CPU core).
@@ -30,7 +31,8 @@ class Head(nn.Module):
         """hidden [rows, hidden], labels int64 [rows].
 
         Without labels: logits [rows, vocabulary]. With labels: the sum of the cross entropies, an fp32 scalar in any
-        compute precision. With `score`: (cross entropies fp32 [rows], whether each label is the argmax).
+        compute precision. With `score`: (cross entropies fp32, whether each label is the argmax), in the shape of
+        labels, which may then be several a row, [rows, labels].
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
@@ -43,11 +45,12 @@ class Head(nn.Module):
     def _score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         wide = _summed_in(hidden)
         losses, correct = [hidden.new_zeros(0, dtype=wide)], [labels.new_zeros(0, dtype=torch.bool)]
-        for rows, targets in zip(hidden.split(_CHUNK_ROWS), labels.split(_CHUNK_ROWS), strict=True):
+        several = labels if labels.dim() == 2 else labels.unsqueeze(1)
+        for rows, targets in zip(hidden.split(_CHUNK_ROWS), several.split(_CHUNK_ROWS), strict=True):
             logits = F.linear(rows, self.weight, self.bias).to(wide)
-            losses.append(F.cross_entropy(logits, targets, reduction="none"))
-            correct.append(logits.argmax(-1) == targets)
-        return torch.cat(losses), torch.cat(correct)
+            losses.append((logits.logsumexp(-1, keepdim=True) - logits.gather(1, targets)).flatten())
+            correct.append((logits.argmax(-1, keepdim=True) == targets).flatten())
+        return torch.cat(losses).view_as(labels), torch.cat(correct).view_as(labels)
 
 
 def _summed_in(hidden: Tensor) -> torch.dtype:
@@ -150,11 +153,13 @@ class CausalLM(nn.Module):
         labels: Tensor | None = None,
         score: bool = False,
         example_keys: tuple[int, ...] = (),
+        kept_states: KeptStates | None = None,
     ) -> Tensor | tuple:
         """input_ids and position_ids int64 [1, T]: examples one behind the other, positions restarting at 0.
 
         positions int64 [rows]: places in 0..T-1 whose hidden state predicts; labels int64 [rows]. Returns what `Head`
-        returns for them. example_keys: of their dropout masks.
+        returns for them. example_keys: of their dropout masks. kept_states: what examples go on from (their positions
+        then start behind it), and leave behind.
         """
         self._examples.lengths, self._examples.keys = example_lengths, example_keys or (0,) * len(example_lengths)
         decoder = self.model.get_decoder()
@@ -168,5 +173,6 @@ class CausalLM(nn.Module):
                 position_ids=position_ids,
                 use_cache=False,
                 example_lengths=example_lengths,
+                **({} if kept_states is None else {"kept_states": kept_states}),
             )[0]
         return self.model.get_output_embeddings()(hidden[0, positions], labels, score)

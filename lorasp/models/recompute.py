@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorasp.models.attention import attend_each
+from lorasp.models.kept_states import KeptStates
 from lorasp.quantization import DropoutSeeds, ShardedLinear
 from lorasp.recipe import Quantization
 
@@ -57,6 +58,7 @@ class RecomputingForward:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         example_lengths: tuple[int, ...] = (),
+        kept_states: KeptStates | None = None,
         **_,
     ) -> Tensor:
         """hidden_states [1, T, hidden] -> the same shape; position_embeddings: cos and sin, [1, T, head] each."""
@@ -64,15 +66,12 @@ class RecomputingForward:
         trained = _trained(norm, *self.qkv)
         seed = _shared_seed(self.qkv)
         q, k, v = _NormQKV.apply(hidden_states, self, seed, *position_embeddings, *trained)
-        outs = attend_each(
-            q,
-            k,
-            v,
-            example_lengths,
-            scaling=self.attention.scaling,
-            dropout=self.attention.attention_dropout if self.attention.training else 0.0,
-            sliding_window=self.window,
-        )
+        how = {"scaling": self.attention.scaling, "sliding_window": self.window}
+        if kept_states is not None:
+            outs = kept_states.attend(self.attention, q, k, v, example_lengths, **how)
+        else:
+            dropout = self.attention.attention_dropout if self.attention.training else 0.0
+            outs = attend_each(q, k, v, example_lengths, dropout=dropout, **how)
         seed = _shared_seed((self.output,))
         hidden_states = _OutputAndResidual.apply(
             hidden_states, self.output, seed, len(outs), *outs, *self.output.trained()

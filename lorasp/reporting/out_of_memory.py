@@ -73,6 +73,10 @@ def _advice(phase: str, task: str | None, recipe: Recipe) -> Iterator[str]:
             yield f"evaluation.max_new_tokens={evaluation.max_new_tokens // 2} (now {evaluation.max_new_tokens})"
     elif phase.endswith("evaluate") and evaluation.micro_batch_size > 1:
         yield f"evaluation.micro_batch_size={evaluation.micro_batch_size // 2} (now {evaluation.micro_batch_size})"
+    for section in ("mmlu", "lm_eval"):
+        tokens = getattr(recipe, section).tokens
+        if phase.endswith(section) and tokens > 1:
+            yield f"{section}.tokens={tokens // 2} (now {tokens}): those of a forward pass"
     if "train" in phase:
         leaner = _LEANER.get(training.activation_checkpointing)
         if leaner is not None:
@@ -90,7 +94,7 @@ def _advice(phase: str, task: str | None, recipe: Recipe) -> Iterator[str]:
             yield f"a smaller adapter.rank (now {recipe.adapter.rank}): rank 0 holds the whole adapter while it writes"
         yield "more memory on rank 0's machine: what is saved is gathered there"
         return
-    if phase != "load":
+    if phase != "load" and not phase.endswith(("mmlu", "lm_eval")):
         yield f"a smaller data.max_length (now {recipe.data.max_length})"
     if recipe.method == "full":
         yield "method=lorasp, whose optimizer holds a few thousandths of these states"

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lorasp.memory import NOT_RESIDENT, WORKSPACE, gib, mib
+from lorasp.reporting.mmlu_text import mmlu_note, mmlu_rows
 
 _METHODS = {"lorasp": "LoRA-SP", "lora": "LoRA", "full": "full fine-tuning"}
 # What plots.py draws, in words for those who do not see it.
@@ -24,6 +25,7 @@ _HISTORY_ROWS = 10
 # (how a number's name ends, its unit for people, what to multiply it by)
 _UNITS = (
     ("exact_match", "%", 100.0),
+    ("accuracy", "%", 100.0),
     ("loss", "nats a token", 1.0),
     ("tokens_per_second", "tokens/s", 1.0),
     ("seconds", "s", 1.0),
@@ -64,6 +66,8 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
         )
     sections += _metrics_section(report["metrics"])
     sections.append(pictures.get("loss", ""))
+    sections += _mmlu_section(report.get("mmlu"))
+    sections += _lm_eval_section(report.get("lm_eval"))
     sections += _samples_section(report["samples"])
     sections += _memory_section(report, pictures)
     sections += _throughput_section(report["throughput"])
@@ -130,6 +134,30 @@ def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
         cells = ("–" if value is None else _number(value * scale) for value in (before, after))
         rows.append((label, *cells))
     return ["## Results", _table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+
+
+def _mmlu_section(mmlu: Mapping[str, Any] | None) -> list[str]:
+    if mmlu is None:
+        return []
+    sections = ["## MMLU", mmlu_note(mmlu)]
+    for title, (header, *rows) in mmlu_rows(mmlu):
+        sections += [f"### {title.capitalize()}"] if title else []
+        sections.append(_table(header, rows, ("r" if not title else "l") + "r" * (len(header) - 1)))
+    return sections
+
+
+def _lm_eval_section(results: Mapping[str, Any] | None) -> list[str]:
+    """Every number as the harness names it; its own standard error beside it."""
+    if results is None:
+        return []
+    rows = [
+        (task, metric, _number(value), _number(errors.get(metric)))
+        for task, its in results["tasks"].items()
+        for errors in [its["standard_errors"]]
+        for metric, value in its["metrics"].items()
+    ]
+    header = ("task", "metric", "value", "standard error")
+    return [f"## lm-evaluation-harness {results['version']}", _table(header, rows, "llrr")]
 
 
 def _samples_section(samples: Sequence[Mapping[str, str]]) -> list[str]:

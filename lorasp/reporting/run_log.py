@@ -15,12 +15,14 @@ from transformers import PreTrainedConfig
 
 from lorasp.accounting import TrainingFlops
 from lorasp.evaluation.held_out import HeldOutScore
+from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore
 from lorasp.memory import MemoryMeter, gib
 from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.planning import Plan
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.drift import drift
+from lorasp.reporting.mmlu_text import mmlu_line, paper_figure
 from lorasp.reporting.out_of_memory import describe_out_of_memory, is_out_of_memory
 from lorasp.reporting.report_text import format_peaks
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
@@ -53,6 +55,9 @@ class RunLog:
         self._parts: list[tuple[dict[str, float], ...]] = []  # of each rank, at each log point
         self._held_now: list[tuple[int, ...]] = []  # by each rank, at each log point
         self._scores: list[dict[str, float]] = []
+        self._mmlu: list[dict[str, Any]] = []
+        self._mmlu_asked: dict[str, Any] = {}
+        self._lm_eval: dict[str, Any] | None = None
         self._before = 0  # log points of the run before it was resumed: those of this process come after
         self._progress = None
 
@@ -140,11 +145,13 @@ class RunLog:
     def state(self, samples: list[dict[str, str]]) -> dict[str, Any]:
         """What a run that goes on needs for its report, plain data."""
         log = {"history": self._history, "scores": self._scores, "metrics": self._metrics, "samples": samples}
+        log |= {"mmlu": self._mmlu}
         return copy.deepcopy(log)  # it is written while training goes on
 
     def resume(self, log: Mapping[str, Any], step: int, world_size: int) -> None:
         """Goes on after `step` with what `state` gave there. world_size: of that part of the run."""
         self._history, self._scores = list(log["history"]), list(log["scores"])
+        self._mmlu = list(log.get("mmlu", []))
         self._metrics = {**log["metrics"], **self._metrics}
         self._before = len(self._history)
         self._trackers.resume(step)
@@ -223,6 +230,34 @@ class RunLog:
             f"exact match {score.exact_match:.1%} of {score.examples}"
         )
 
+    def mmlu_scored(
+        self, step: int, evaluation: MmluEvaluation, score: MmluScore, config: PreTrainedConfig, *, whole: bool
+    ) -> None:
+        """An MMLU score; that of step 0 is the untrained model's. whole: of all questions that the recipe asks."""
+        values = {"step": step, **score.to_dict()}
+        self._mmlu = [its for its in self._mmlu if its["step"] != step] + [values]  # a resumed run scores it again
+        if whole:
+            self._metrics[f"mmlu_accuracy_{'after' if step else 'before'}"] = score.micro.accuracy
+            self._mmlu_asked = {
+                "asked": evaluation.report(),
+                "paper": paper_figure(config, self._recipe.method),
+            }
+        self._trackers.scalars(
+            step,
+            {"evaluate/mmlu_accuracy": score.micro.accuracy, "evaluate/mmlu_accuracy_macro": score.macro.accuracy},
+        )
+        self.console.info(mmlu_line(step, values, evaluation.settings.shots))
+
+    def has_mmlu(self, step: int) -> bool:
+        return any(its["step"] == step for its in self._mmlu)
+
+    def harness_scored(self, results: dict[str, Any]) -> None:
+        """What lm-evaluation-harness found."""
+        self._lm_eval = results
+        for task, its in results["tasks"].items():
+            told = ", ".join(f"{metric} {value:.4g}" for metric, value in its["metrics"].items())
+            self.console.info(f"lm-eval, {task}: {told}")
+
     def finish(
         self,
         status: str,
@@ -267,6 +302,8 @@ class RunLog:
             planned=self._planned,
             drift=[{**asdict(its), "share": its.share} for its in drifts],
             hosts=hosts,
+            mmlu={**self._mmlu_asked, "scores": self._mmlu} if self._mmlu_asked else None,
+            lm_eval=self._lm_eval,
         )
         path = write_report(self._run_dir, report)
         for sample in samples:

@@ -74,6 +74,8 @@ def build_report(
     planned: Mapping[str, Mapping[str, int]] | None = None,
     drift: Sequence[Mapping[str, Any]] = (),
     hosts: Sequence[str] = (),
+    mmlu: Mapping[str, Any] | None = None,
+    lm_eval: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain data.
 
@@ -89,7 +91,8 @@ def build_report(
     `held_out_loss` and `exact_match` of each evaluation.
     `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py). `drift`:
     of each rank, as reporting/drift.py has it, with its `share`; none of a run that was too short for any. `hosts`:
-    the name of each rank's machine.
+    the name of each rank's machine. `mmlu`: what was `asked`, the `scores` (an `MmluScore` and its `step` each) and
+    the `paper`'s figure. `lm_eval`: what `evaluation.harness.run_harness` gives.
     `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
@@ -112,6 +115,8 @@ def build_report(
         "samples": [dict(sample) for sample in samples],
         "history": [dict(row) for row in history],
         "scores": [dict(row) for row in scores],
+        **({} if mmlu is None else {"mmlu": dict(mmlu)}),
+        **({} if lm_eval is None else {"lm_eval": dict(lm_eval)}),
         "timeline": [dict(rank) for rank in timeline],
     }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.distributed.launching import ROOT
 
 TRAIN = str(ROOT / "launch" / "train.py")
+EVALUATE = str(ROOT / "launch" / "evaluate.py")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Done:
         return [line for line in self.stderr.splitlines() if line.startswith("error")]
 
 
-def python(*arguments: str) -> list[str]:
-    return [sys.executable, TRAIN, *arguments]
+def python(*arguments: str, script: str = TRAIN) -> list[str]:
+    return [sys.executable, script, *arguments]
 
 
 def accelerate(*arguments: str, flags: tuple[str, ...] = ()) -> list[str]:
@@ -44,8 +45,8 @@ def accelerate_on_two(*arguments: str) -> list[str]:
     )
 
 
-def torchrun_on_two(*arguments: str) -> list[str]:
-    return [_tool("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), TRAIN, *arguments]
+def torchrun_on_two(*arguments: str, script: str = TRAIN) -> list[str]:
+    return [_tool("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), script, *arguments]
 
 
 def environment_of(home: Path, threads: int = 1) -> dict[str, str]:
