@@ -590,6 +590,7 @@ def small_disk(path: Path, size: int):
         subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "merged", "bnb4bit"])
 def test_a_disk_that_is_full_is_one_sentence_with_nothing_half_written(kind, made, tmp_path):
     """A real one: too small by count, and then full on the way, as what is counted are the weights alone."""
