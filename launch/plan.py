@@ -7,6 +7,8 @@ python launch/plan.py recipes/llama13b_alpaca.yaml --sweep sweep.png
 Planned, not measured: bytes of tensors. Leave 1.5 GiB of a GPU for CUDA's context and NCCL.
 """
 
+import gc
+import os
 import re
 import sys
 from pathlib import Path
@@ -42,25 +44,28 @@ def main() -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.accumulation(options.world_size)  # refuses a batch that does not divide
 
+    gc.disable()  # imports make a million objects, which all stay: looking through them would take most of a second
     import torch
 
     from lorasp.models.weights import load_config, locate_model
-    from lorasp.planning import NoPlan, as_method, plan, plans_that_fit, with_whole_base
+    from lorasp.planning import as_method, plan, plans_that_fit, with_whole_base
     from lorasp.reporting.plan_text import fits, format_plans, format_sweep, format_whole_base
+    from lorasp.tracing import NoPlan, Traces
 
     config = load_config(locate_model(recipe.model, weights=False), recipe.model)
     asked = recipe.model.dtype
     dtype = getattr(torch, asked) if asked != "auto" else torch.float32 if options.cpu else torch.bfloat16
     how = {"world_size": options.world_size, "dtype": dtype, "device": "cpu" if options.cpu else "cuda"}
     methods = dict.fromkeys((recipe.method, "lorasp", "lora", "full"))
-    traces: dict[str, dict] = {method: {} for method in methods}
+    traces = {method: Traces() for method in methods}
     try:
         plans = {method: plan(as_method(recipe, method), config, **how, traces=traces[method]) for method in methods}
     except NoPlan as reason:
         raise RecipeError(f"model.path: {reason}") from None
     print(format_plans(recipe, plans, dtype, limit))
+    own_traces = traces[recipe.method]
     if (own := plans[recipe.method]).received_bytes:
-        whole = plan(with_whole_base(recipe), config, **how, traces=traces[recipe.method])
+        whole = plan(with_whole_base(recipe), config, **how, traces=own_traces)
         print(f"\n{format_whole_base(own, whole, limit)}")
     if picture is not None:
         from lorasp.reporting.plots import draw_sweep
@@ -69,8 +74,7 @@ def main() -> int:
         swept = {}
         for length in lengths:
             longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
-            shared: dict = {}  # the ranks change no trace
-            swept[length] = {n: plan(longer, config, **how | {"world_size": n}, traces=shared) for n in _SWEPT}
+            swept[length] = {n: plan(longer, config, **how | {"world_size": n}, traces=own_traces) for n in _SWEPT}
         print(f"\n{format_sweep(swept)}")
         draw_sweep({n: {ranks: its.highest for ranks, its in of.items()} for n, of in swept.items()}, picture)
         print(f"\ndrawn: {picture}")
@@ -90,4 +94,6 @@ def _bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting_errors(main))
+    code = run_reporting_errors(main)
+    sys.stdout.flush()
+    os._exit(code)  # taking apart what was imported would take a second

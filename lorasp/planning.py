@@ -1,16 +1,14 @@
 """What each rank will hold at most, by phase and part, told from a recipe before anything is loaded.
 
 What is kept between steps is counted from the model on the meta device, by ZeRO-3's own rule: a rank keeps ⌈n/N⌉
-elements of a parameter of n. What a step needs besides is traced: the model with one layer, and with two, runs forward
-and backward on fake tensors, which have sizes and no memory; the difference is what a layer adds. No weight, no GPU,
-no deepspeed and no bitsandbytes is needed, and no constant is fitted to a run.
+elements of a parameter of n. What a step needs besides is traced (tracing.py) with one layer, and with two; the
+difference is what a layer adds. No weight, no GPU, no deepspeed and no bitsandbytes is needed, and no constant is
+fitted to a run.
 
 A plan counts tensors: not the CUDA context and NCCL's buffers on a GPU (0.5 to 1.5 GiB outside torch's allocator), nor
 what an allocator keeps of what was freed; and those on the rank's device: what is offloaded from a GPU is the host's.
 """
 
-import contextlib
-import copy
 import json
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -19,28 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
-from lorasp.live_tensors import LiveTensors
 from lorasp.memory import GATHERED_AT_ONCE, gib
-from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.gathers import gathered_bytes
-from lorasp.models.recompute import set_recomputation
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
+from lorasp.tracing import Traces
 
 _ADAPTER = ("A", "B", "A_rest")
-
-
-class NoPlan(Exception):
-    """A model that cannot be traced on fake tensors, and why. It may train all the same."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +62,14 @@ def plan(
     device: str = "cuda",
     batch: Batch | None = None,
     ranks_of_a_node: int = 8,
-    traces: dict[tuple, dict[str, int]] | None = None,
+    traces: Traces | None = None,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
     tokens, all of them labelled.
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
-    DeepSpeed configuration that keeps a set of shards in each node. traces: a dictionary that plans of one model
-    and method share, in which what was traced once is found again.
+    DeepSpeed configuration that keeps a set of shards in each node. traces: shared by plans of one model, method and
+    precision, so that nothing is built or traced twice.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
     if batch is None:
@@ -89,8 +79,14 @@ def plan(
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
     activations_away = device != "cpu" and recipe.training.offload_activations
     shards_away = device != "cpu" and _offloads_shards(recipe)
-    how = (world_size, group, base_whole, dtype, batch, activations_away, {} if traces is None else traces)
-    one, two = (_measure(recipe, _with_layers(config, n), *how) for n in (1, 2))
+    traces = Traces() if traces is None else traces
+
+    def measured(layers: int) -> dict[str, int]:
+        model = traces.model(recipe, config, dtype, layers)
+        counted = _count(model, recipe, world_size, group, base_whole)
+        return counted | traces.step(model, batch, activations_away=activations_away)
+
+    one, two = measured(1), measured(2)
     layers = config.get_text_config().num_hidden_layers
     found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
     if shards_away:
@@ -162,7 +158,7 @@ def plans_that_fit(
     training = recipe.training
     sizes = [size for size in range(2 * training.micro_batch_size, 0, -1) if _divides(recipe, size, world_size)]
     how = {"world_size": world_size, "dtype": dtype, "device": device, "ranks_of_a_node": ranks_of_a_node}
-    how["traces"] = {}
+    how["traces"] = Traces()
     for path in _configurations(recipe, world_size, device, ranks_of_a_node):
         for policy, away in _POLICIES[: 3 if device == "cpu" else None]:
             settings = {"activation_checkpointing": policy, "offload_activations": away}
@@ -211,15 +207,6 @@ def _divides(recipe: Recipe, micro_batch_size: int, world_size: int) -> bool:
     return recipe.training.global_batch_size % (micro_batch_size * world_size) == 0
 
 
-def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return config
-
-
 def excess(plan: Plan, free_bytes: int) -> str | None:
     """A sentence where a rank's tensors alone would take more than `free_bytes`."""
     if plan.highest <= free_bytes:
@@ -233,20 +220,8 @@ def excess(plan: Plan, free_bytes: int) -> str | None:
     )
 
 
-def _measure(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    world_size: int,
-    group: int,
-    base_whole: bool,
-    dtype: torch.dtype,
-    batch: Batch,
-    activations_away: bool,
-    traces: dict[tuple, dict[str, int]],
-) -> dict[str, int]:
-    """Bytes (and `trained` entries) of a model with the layers of `config`; each of them grows by a layer's."""
-    model = build_on_meta(config, recipe, dtype, draws=False)
-    set_recomputation(model.model, recipe.training.activation_checkpointing)
+def _count(model: CausalLM, recipe: Recipe, world_size: int, group: int, base_whole: bool) -> dict[str, int]:
+    """Bytes (and `trained` entries) of what a rank keeps and gathers of the model; each grows by a layer's."""
     found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
     masters = 0
     for name, parameter in model.named_parameters():
@@ -271,11 +246,7 @@ def _measure(
     found["gathered_in_step"] = gathered_bytes(model)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
     found["largest_filled"] = _largest_filled(model, recipe)
-    layers = config.get_text_config().num_hidden_layers
-    key = (layers, recipe.training.activation_checkpointing, batch.lengths, len(batch.labels), activations_away)
-    if key not in traces:
-        traces[key] = _trace(model, batch, activations_away)
-    return found | traces[key]
+    return found
 
 
 def _bucket_elements(recipe: Recipe) -> int:
@@ -302,73 +273,3 @@ def _largest_filled(model: CausalLM, recipe: Recipe) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _trace(model: CausalLM, batch: Batch, activations_away: bool) -> dict[str, int]:
-    """Most bytes of activations up to the end of the head's forward, and in backward."""
-    model.train()
-    model.offload_activations = False
-    kept = saved_tensors_hooks(_leave, _return) if activations_away else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=False) as fakes:
-        _make_fake(model)
-        inputs = {
-            name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
-            for name, value in batch.model_inputs(torch.device("cpu")).items()
-        }
-        try:
-            with LiveTensors() as live:
-                with kept:
-                    loss = model(**inputs)
-                at_head = live.peak_bytes
-                live.peak_bytes = live.live_bytes
-                loss.backward()
-                in_backward = live.peak_bytes
-        except Exception as error:  # of another architecture's code, which may want to see a value
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise NoPlan(f"{type(model.model).__name__} cannot be traced without memory ({reason})") from error
-    return {"peak_at_head": at_head, "peak_in_backward": in_backward}
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Puts fake CPU tensors where parameters and buffers are; a weight in codes is then made of nothing."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                    if parameter.requires_grad:  # reduced into a bucket at once, and let go
-                        made[id(parameter)].register_post_accumulate_grad_hook(_drop_gradient)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        if isinstance(module, ShardedLinear):
-            if module.quantization.format != "none":
-                module.dense_weight = _Dequantized(module)
-            if getattr(module, "dropout", 0):
-                module.draw_dropout = tuple  # whose mask is ones: a drawn number would have a value
-
-
-def _drop_gradient(parameter: nn.Parameter) -> None:
-    parameter.grad = None
-
-
-def _leave(tensor: Tensor) -> Tensor:
-    """Fake tensors have one device to be on; a meta tensor stands for what waits in the host's memory."""
-    return tensor.to("meta")
-
-
-def _return(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-class _Dequantized:
-    """Stands for a linear's `dense_weight`: new memory of its size."""
-
-    def __init__(self, linear: ShardedLinear) -> None:
-        self._shape, self._dtype = (linear.out_features, linear.in_features), linear.dtype
-
-    def __call__(self) -> Any:
-        return torch.empty(self._shape, dtype=self._dtype, device="cpu")

@@ -39,12 +39,13 @@ from lorasp.models.quantized_cache import DAMAGED, WORTH_KEEPING, QuantizedCache
 from lorasp.models.random_weights import RandomWeights
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, load_tokenizer, locate_model, open_weights
-from lorasp.planning import NoPlan, Plan, excess, plan
+from lorasp.planning import Plan, excess, plan
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.recipe_deepspeed import keeps_base_whole
 from lorasp.reporting.console import Console
 from lorasp.resume import LEFT, Found
+from lorasp.tracing import NoPlan
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
 from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_whole, shard_unit

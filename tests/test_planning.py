@@ -8,15 +8,16 @@ import psutil
 import pytest
 import torch
 
-from lorasp import memory, run
+from lorasp import memory, run, tracing
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
-from lorasp.models.causal_lm import CausalLM
+from lorasp.models.causal_lm import CHUNK_ROWS, CausalLM
 from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.models.weights import load_config, locate_model
 from lorasp.planning import as_method, excess, plan, plans_that_fit, with_whole_base
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.plan_text import format_whole_base
+from lorasp.tracing import Traces
 from tests.distributed.launching import ROOT
 
 GIB = 2**30
@@ -38,8 +39,9 @@ def test_the_base_of_a_7b_is_cut_over_the_ranks():
     """4.13 bits a weight of the linears (codes, scales of 64, no second level, which is a buffer), 16 of the rest."""
     linears, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
     whole = linears // 2 + linears // 64 + 2 * rest
+    traces = Traces()
     for ranks in (1, 2, 8):
-        shard = planned(recipe(), ranks).phases["train"]["base_shard"]
+        shard = planned(recipe(), ranks, traces=traces).phases["train"]["base_shard"]
         assert abs(shard - whole / ranks) < 1e-4 * whole / ranks
 
 
@@ -81,6 +83,20 @@ def test_dropout_and_other_families_are_traced_too():
     assert more > planned(recipe()).peak("train")
     grouped = planned(recipe("llama2-70b", micro=1), 8)
     assert 4.2 < grouped.phases["train"]["base_shard"] / GIB < 4.6
+
+
+@pytest.mark.parametrize("method", ["lorasp", "full"])
+def test_two_chunks_of_labels_stand_for_all(method, monkeypatch):
+    """To the byte, where the head's logits are most of what a step needs."""
+    settings = as_method(recipe(length=7 * CHUNK_ROWS + 20, micro=1), method)
+    config = load_config(locate_model(settings.model), settings.model)
+    config.hidden_size = config.intermediate_size = 64
+    config.num_attention_heads = config.num_key_value_heads = 4
+    how = {"world_size": 2, "dtype": torch.bfloat16}
+    two = plan(settings, config, **how)
+    assert two.phases["train"]["activations"] > CHUNK_ROWS * config.vocab_size * (2 + 4)
+    monkeypatch.setattr(tracing, "_TRACED_LABELS", settings.data.max_length)
+    assert plan(settings, config, **how) == two
 
 
 def test_what_fits_is_found_and_the_fastest_comes_first():
@@ -131,7 +147,8 @@ def test_sets_of_shards_in_each_node_are_tried_first_where_there_are_several_nod
 def test_a_whole_base_costs_its_bytes_and_receives_none():
     """13B on 8 ranks: 6.6 GiB of codes, scales, embedding and head on each, where an eighth would do."""
     settings = recipe("llama-13b", length=512, micro=1)
-    sharded, whole = planned(settings, 8), planned(with_whole_base(settings), 8)
+    traces = Traces()
+    sharded, whole = (planned(one, 8, traces=traces) for one in (settings, with_whole_base(settings)))
     assert whole.phases["train"]["base_shard"] == pytest.approx(8 * sharded.phases["train"]["base_shard"], rel=1e-3)
     assert whole.phases["train"]["gathered"] == whole.received_bytes == 0
     for part in ("optimizer", "gradients", "masks", "buffers"):
@@ -196,8 +213,7 @@ def test_the_command_needs_neither_deepspeed_nor_bitsandbytes(tmp_path):
     script = (
         "import runpy, sys\n"
         "sys.argv = ['plan.py', 'recipes/rehearsal_13b.yaml', '--world-size', '8', *sys.argv[1:]]\n"
-        "try: runpy.run_path('launch/plan.py', run_name='__main__')\n"
-        "except SystemExit as end: print(end.code)\n"
+        "print(runpy.run_path('launch/plan.py')['main']())\n"
         "print([name for name in ('deepspeed', 'bitsandbytes') if name in sys.modules])"
     )
     arguments = ["training.global_batch_size=8", "--gpu-memory", "24GiB", "--sweep", str(tmp_path / "sweep.png")]

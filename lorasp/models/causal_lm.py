@@ -13,7 +13,7 @@ from lorasp.models.kept_states import KeptStates
 
 # Rows of logits at a time: 64 MiB in fp32 for a vocabulary of 128 k. Chunks of 8 would give a fifth of the speed (15
 # against 47 to 70 GFLOP/s on a CPU core).
-_CHUNK_ROWS = 128
+CHUNK_ROWS = 128
 _CACHED_ROWS = 8
 
 
@@ -46,7 +46,7 @@ class Head(nn.Module):
         wide = _summed_in(hidden)
         losses, correct = [hidden.new_zeros(0, dtype=wide)], [labels.new_zeros(0, dtype=torch.bool)]
         several = labels if labels.dim() == 2 else labels.unsqueeze(1)
-        for rows, targets in zip(hidden.split(_CHUNK_ROWS), several.split(_CHUNK_ROWS), strict=True):
+        for rows, targets in zip(hidden.split(CHUNK_ROWS), several.split(CHUNK_ROWS), strict=True):
             logits = F.linear(rows, self.weight, self.bias).to(wide)
             losses.append((logits.logsumexp(-1, keepdim=True) - logits.gather(1, targets)).flatten())
             correct.append((logits.argmax(-1, keepdim=True) == targets).flatten())
@@ -86,8 +86,8 @@ class _CrossEntropySum(torch.autograd.Function):
         # Summed over chunks, where bf16 would lose small ones.
         grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
-        for start in range(0, len(labels), _CHUNK_ROWS):
-            chunk = slice(start, start + _CHUNK_ROWS)
+        for start in range(0, len(labels), CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
             rows = hidden[chunk]
             grad = F.linear(rows, weight, bias).to(wide)
             # A few rows at a time: all passes over them find them in the cache.
@@ -114,7 +114,7 @@ class _CrossEntropySum(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 # In fp32, for bf16 · scale would round the scale; in parts, for no second copy of W's size.
-                for part in grad.split(8 * _CHUNK_ROWS):
+                for part in grad.split(8 * CHUNK_ROWS):
                     part.copy_(part.to(grad_total.dtype) * grad_total)
         return *grads, None
 

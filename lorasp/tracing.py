@@ -1,0 +1,139 @@
+"""What a step needs besides what is kept: traced on fake tensors, which have sizes and no memory.
+
+Forward and backward run as they are; what each operation makes and frees is counted, and nothing is computed.
+"""
+
+import contextlib
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedConfig
+
+from lorasp.data.batches import Batch
+from lorasp.live_tensors import LiveTensors
+from lorasp.models.build import build_on_meta
+from lorasp.models.causal_lm import CHUNK_ROWS, CausalLM
+from lorasp.models.recompute import set_recomputation
+from lorasp.quantization import ShardedLinear
+from lorasp.recipe import Recipe
+
+# The head goes over its labels in chunks, and each from the third on makes and frees what the second did. Its hidden
+# states, and their gradients, are those of all labels all the same.
+_TRACED_LABELS = 2 * CHUNK_ROWS
+
+
+class NoPlan(Exception):
+    """A model that cannot be traced on fake tensors, and why. It may train all the same."""
+
+
+class Traces:
+    """What plans of one model, method and precision share: models built, and steps traced, are found again."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple, CausalLM] = {}
+        self._steps: dict[tuple, dict[str, int]] = {}
+
+    def model(self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: int) -> CausalLM:
+        """The recipe's model with so many decoder layers, without memory. Raises RecipeError as `build_on_meta`."""
+        key = (layers, recipe.training.activation_checkpointing)
+        if key not in self._models:
+            model = build_on_meta(_with_layers(config, layers), recipe, dtype, draws=False)
+            set_recomputation(model.model, recipe.training.activation_checkpointing)
+            self._models[key] = model
+        return self._models[key]
+
+    def step(self, model: CausalLM, batch: Batch, *, activations_away: bool) -> dict[str, int]:
+        """What `trace` finds of a model that `model` gave; other batches of the same lengths need the same."""
+        key = (model, batch.lengths, len(batch.labels), activations_away)
+        if key not in self._steps:
+            self._steps[key] = trace(model, batch, activations_away=activations_away)
+        return self._steps[key]
+
+
+def trace(model: CausalLM, batch: Batch, *, activations_away: bool) -> dict[str, int]:
+    """Most bytes of activations up to the end of the head's forward, and in backward.
+
+    activations_away: what is kept for backward waits in the host's memory, and is not counted.
+    Raises NoPlan for a model whose code wants to see a value.
+    """
+    batch = replace(batch, labels=batch.labels[:_TRACED_LABELS])
+    model.train()
+    model.offload_activations = False
+    kept = saved_tensors_hooks(_leave, _return) if activations_away else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=False) as fakes:
+        _make_fake(model)
+        inputs = {
+            name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in batch.model_inputs(torch.device("cpu")).items()
+        }
+        try:
+            with LiveTensors() as live:
+                with kept:
+                    loss = model(**inputs)
+                at_head = live.peak_bytes
+                live.peak_bytes = live.live_bytes
+                loss.backward()
+                in_backward = live.peak_bytes
+        except Exception as error:  # of another architecture's code, which may want to see a value
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NoPlan(f"{type(model.model).__name__} cannot be traced without memory ({reason})") from error
+    return {"peak_at_head": at_head, "peak_in_backward": in_backward}
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Puts fake CPU tensors where parameters and buffers are; a weight in codes is then made of nothing."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    if parameter.requires_grad:  # reduced into a bucket at once, and let go
+                        made[id(parameter)].register_post_accumulate_grad_hook(_drop_gradient)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        if isinstance(module, ShardedLinear):
+            if module.quantization.format != "none":
+                module.dense_weight = _Dequantized(module)
+            if getattr(module, "dropout", 0):
+                module.draw_dropout = tuple  # whose mask is ones: a drawn number would have a value
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def _leave(tensor: Tensor) -> Tensor:
+    """Fake tensors have one device to be on; a meta tensor stands for what waits in the host's memory."""
+    return tensor.to("meta")
+
+
+def _return(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+class _Dequantized:
+    """Stands for a linear's `dense_weight`: new memory of its size."""
+
+    def __init__(self, linear: ShardedLinear) -> None:
+        self._shape, self._dtype = (linear.out_features, linear.in_features), linear.dtype
+
+    def __call__(self) -> Any:
+        return torch.empty(self._shape, dtype=self._dtype, device="cpu")
