@@ -4,8 +4,10 @@ Every rank builds the same requests and is given all of them; which rank compute
 run as many forwards. To the harness this is one process.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ _MOST_NEW_TOKENS = 256  # of an answer, where a task does not say: the harness's
 
 
 def check_harness(settings: LmEval) -> None:
-    """Raises RecipeError unless the harness is installed and knows the tasks."""
+    """Raises RecipeError unless the harness is installed, knows the tasks and has, or can download, their data."""
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError("lm_eval.tasks: lm-evaluation-harness is not installed here; pip install 'lorasp[lm-eval]'")
     from lm_eval.tasks import TaskManager
@@ -38,26 +40,37 @@ def check_harness(settings: LmEval) -> None:
             f"lm_eval.tasks: the harness has no task {shown(unknown[0])}; `lm-eval ls tasks` lists what it has, and "
             f"lm_eval.include_path names a directory of your own"
         )
+    try:
+        manager.load(list(settings.tasks))
+    except Exception as error:  # of the hub's client, datasets, Arrow, a task's own code
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise RecipeError(
+            f"lm_eval.tasks: the harness cannot load {', '.join(settings.tasks)} "
+            f"({type(error).__name__}: {reason:.200})"
+        ) from None
 
 
 def run_harness(engine: Engine, settings: LmEval, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> dict[str, Any]:
     """`version` of the harness and, for each of `tasks` and groups, `metrics`, `standard_errors` and `documents`.
 
-    Collective; the same on each rank. Raises RecipeError where a task's data cannot be had, or asks for sampling.
+    Collective; the same on each rank. Raises RecipeError where a task asks for sampling, or more than the model takes.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     engine.train_mode(False)
-    results = lm_eval.simple_evaluate(
-        _sharded_lm(engine, settings, tokenizer, ranks),
-        tasks=list(settings.tasks),
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        task_manager=TaskManager(include_path=settings.include_path),
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    # To itself every rank is the first: only that one is to show progress.
+    shown = contextlib.nullcontext() if ranks.is_main else contextlib.redirect_stderr(io.StringIO())
+    with shown:
+        results = lm_eval.simple_evaluate(
+            _sharded_lm(engine, settings, tokenizer, ranks),
+            tasks=list(settings.tasks),
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            task_manager=TaskManager(include_path=settings.include_path),
+            log_samples=False,
+            bootstrap_iters=0,
+        )
     found = _plain(results) if results is not None else None  # it keeps them from other ranks of a node
     return ranks.gather(found)[0]
 
@@ -260,8 +273,9 @@ def _write(
         )
         for i, token in zip(list(open_), logits.argmax(-1).tolist(), strict=False):
             answers[i].append(token)
-            texts[i] = tokenizer.decode(answers[i])
-            if len(answers[i]) == asked[i][1] or any(stop and stop in texts[i] for stop in asked[i][2]):
+            texts[i] = tokenizer.decode(answers[i], skip_special_tokens=True)
+            spelled = tokenizer.decode(answers[i])  # a stop may be the end of sequence
+            if len(answers[i]) == asked[i][1] or any(stop and stop in spelled for stop in asked[i][2]):
                 open_.remove(i)
                 states.drop([i])
 
