@@ -51,24 +51,6 @@ _SHAPES = {
     },
 }
 
-# Runs a script and leaves the most bytes that the tensors made in a training step held at once.
-_COUNTED = f"""
-import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from lorasp import trainer
-from lorasp.live_tensors import LiveTensors
-out, sys.argv = sys.argv[1], sys.argv[2:]
-train_step, peaks = trainer.train_step, []
-def counted(*arguments):
-    with LiveTensors() as live:
-        result = train_step(*arguments)
-    peaks.append(live.peak_bytes)
-    open(out + os.environ["RANK"], "w").write(str(max(peaks)))
-    return result
-trainer.train_step = counted
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -88,15 +70,13 @@ class Setting:
 class Run:
     """Of one setting: medians of the counted steps in seconds, and the worst rank's peak in bytes above its start.
 
-    planned: bytes of tensors that its plan had foreseen. tensors: those that were there, counted; 0 without --memory.
-    load_peak, load_planned: of the load phase.
+    planned: bytes of tensors that its plan had foreseen. load_peak, load_planned: of the load phase.
     """
 
     step: float
     gather: float
     peak: int
     planned: int
-    tensors: int
     load_peak: int
     load_planned: int
 
@@ -153,29 +133,26 @@ def _memory_settings() -> list[Setting]:
 
 
 def memory_table(settings: list[Setting], runs: list[Run]) -> str:
-    """Markdown: planned beside counted and measured of each run, and the worst deviations."""
+    """Markdown: planned beside measured of each run, and the worst deviation."""
     lines = [
-        f"`{shlex.join(['python', *sys.argv])}`: the worst rank's peak (GiB). Planned, and counted: bytes of tensors; "
-        "resident: of the process, above its start",
+        f"`{shlex.join(['python', *sys.argv])}`: the worst rank's peak above its start (GiB), planned of tensors",
         "",
-        "| model | method | policy | ranks | rows × length | r | train, planned | counted | off by | resident | "
-        "off by | load, planned | resident |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | method | policy | ranks | rows × length | r | train, planned | measured | off by | "
+        "load, planned | measured |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for its, run in zip(settings, runs, strict=True):
-        cells = [f"{its.shape}, {its.layers} layers", its.method, its.policy, its.ranks, f"{its.rows} × {its.length}"]
-        cells += ["–" if its.method == "full" else its.rank, f"{run.planned / 2**30:.3f}"]
-        for found in (run.tensors, run.peak):
-            cells += [f"{found / 2**30:.3f}", f"{found / run.planned - 1:+.1%}"]
-        cells += [f"{run.load_planned / 2**30:.3f}", f"{run.load_peak / 2**30:.3f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    of_tensors, resident = (
-        max(abs(found(run) / run.planned - 1) for run in runs) for found in (lambda r: r.tensors, lambda r: r.peak)
-    )
-    besides = [(run.peak - run.tensors) / 2**30 for run in runs]
-    worst = f"Largest deviation of the train peak: {of_tensors:.1%} of tensors, {resident:.1%} resident; "
-    lines += ["", f"{worst}resident and no tensor: {min(besides):.2f} to {max(besides):.2f} GiB."]
-    return "\n".join(lines)
+        train, load = (
+            f"{planned / 2**30:.3f} | {peak / 2**30:.3f}"
+            for planned, peak in ((run.planned, run.peak), (run.load_planned, run.load_peak))
+        )
+        lines.append(
+            f"| {its.shape}, {its.layers} layers | {its.method} | {its.policy} | {its.ranks} | {its.rows} × "
+            f"{its.length} | {'–' if its.method == 'full' else its.rank} | {train} | "
+            f"{run.peak / run.planned - 1:+.0%} | {load} |"
+        )
+    worst = max(abs(run.peak / run.planned - 1) for run in runs)
+    return "\n".join([*lines, "", f"Largest deviation of the train peak: {worst:.1%}."])
 
 
 class Study:
@@ -217,11 +194,7 @@ class Study:
         recipe.write_text(json.dumps(self.recipe(setting)))  # JSON is YAML
         command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--use_deepspeed"]
         command += ["--num_machines", "1", "--num_processes", str(setting.ranks), "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no"]
-        if self._options.memory:
-            (self._directory / "counted.py").write_text(_COUNTED)
-            command += [str(self._directory / "counted.py"), str(self._directory / "peak.")]
-        command += [str(ROOT / "launch" / "train.py"), str(recipe)]
+        command += ["--dynamo_backend", "no", str(ROOT / "launch" / "train.py"), str(recipe)]
         environment = os.environ | {"OMP_NUM_THREADS": str(self._options.threads)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -233,16 +206,8 @@ class Study:
             gather=max(rank["gather"] for rank in report["throughput"]["ranks"]),
             peak=_peak(report, "train"),
             planned=sum(report["planned"]["train"].values()),
-            tensors=self._tensors(report) if self._options.memory else 0,
             load_peak=_peak(report, "load"),
             load_planned=sum(report["planned"]["load"].values()),
-        )
-
-    def _tensors(self, report: dict) -> int:
-        """Most bytes of tensors in training, of the worst rank: what it keeps, and what a step made besides."""
-        return max(
-            sum(rank["breakdown"].values()) + int((self._directory / f"peak.{rank['rank']}").read_text())
-            for rank in report["phases"]["train"]["ranks"]
         )
 
     def table(self, settings: list[Setting], runs: list[Run]) -> str:
