@@ -28,15 +28,12 @@ class Diverged(RuntimeError):
         self, step: int, loss: float = math.nan, *, weights_are_good: bool = False, after_update: bool = False
     ) -> None:
         what = "gradient" if weights_are_good else "loss"
-        became = (
-            f"became {loss:.4g} nats a token, above health.max_loss,"
-            if math.isfinite(loss)
-            else "became NaN or infinite"
-        )
         when = "after the update of" if after_update else "at"
+        fault = f"the {what} became NaN or infinite {when} step {step}"
+        if math.isfinite(loss):
+            fault = f"the loss became {loss:.4g} nats a token, above health.max_loss, {when} step {step}"
         super().__init__(
-            f"the {what} {became} {when} step {step}; lower training.learning_rate or training.max_grad_norm, or look "
-            f"at the data of that step"
+            f"{fault}; lower training.learning_rate or training.max_grad_norm, or look at the data of that step"
         )
         self.step, self.weights_are_good = step, weights_are_good
 

@@ -1,6 +1,7 @@
 """Exports against plain transformers and peft: our logits, bit-equal codes, and nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorasp.adapter import adapted_linears
 from lorasp.checkpoint import AdapterInfo, save_adapter
-from lorasp.cli import BAD_INPUT
+from lorasp.cli import BAD_INPUT, run_reporting_errors
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.generation import CACHED_ATTENTION, generate_answer, prompt_tokens
 from lorasp.export import adapter as export_adapter
@@ -33,7 +34,6 @@ from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
-from tests.distributed.launching import ROOT
 from tests.test_evaluation import Unsharded
 from tests.tiny_models import EOS, byte_tokenizer, save_model
 
@@ -590,10 +590,10 @@ def small_disk(path: Path, size: int):
         subprocess.run(["umount", str(path)], check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "merged", "bnb4bit"])
-def test_a_disk_that_is_full_is_one_sentence_with_nothing_half_written(kind, made, tmp_path):
+def test_a_disk_that_is_full_is_one_sentence_with_nothing_half_written(kind, made, tmp_path, monkeypatch, capsys):
     """A real one: too small by count, and then full on the way, as what is counted are the weights alone."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
     run_dir = made(quantization={"format": "nf4"})
     run = read_run(run_dir)
     dense = kind == "merged"
@@ -604,18 +604,15 @@ def test_a_disk_that_is_full_is_one_sentence_with_nothing_half_written(kind, mad
         (-(-needed // page) * page + 2 * page, "No space left on device"),
     ):
         with small_disk(tmp_path / f"disk{size}", size) as disk:
-            command = [sys.executable, str(ROOT / "launch" / "export.py"), run_dir, "--to", kind, "--out"]
-            for out in (disk, disk / "new") if kind == "merged" else (disk / "new",):
-                done = subprocess.run([*map(str, command), str(out)], capture_output=True, text=True, cwd=ROOT)
-                assert done.returncode == BAD_INPUT
-                (line,) = [line for line in done.stderr.splitlines() if line]
-                assert line.startswith("error: ") and told in line
+            for out in (disk, disk / "new"):
+                with pytest.raises(SystemExit) as left:
+                    run_reporting_errors(lambda out=out: write_export(run, Export(kind, out), SILENT))
+                (line,) = capsys.readouterr().err.splitlines()
+                assert left.value.code == BAD_INPUT and line.startswith("error: ") and told in line
                 assert list(disk.iterdir()) == []
-    if kind != "merged":  # what differs between them is what is counted, not how
-        return
     with small_disk(tmp_path / "enough", needed + 100 * page) as disk:  # an empty mount point is a place like others
-        done = subprocess.run([*map(str, command), str(disk)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and (disk / "README.md").is_file(), done.stderr
+        write_export(run, Export(kind, disk), SILENT)
+        assert (disk / "README.md").is_file()
 
 
 # ---- Answers

@@ -113,20 +113,20 @@ def test_a_recipe_that_fits_in_training_but_not_in_evaluation_stops_before_step_
 
 
 def test_a_recipe_that_fits_only_with_short_batches_stops_before_step_1(place, tmp_path):
-    """38 short rows fit into 320 MiB, 40 rows of 4,000 tokens at once do not: the rehearsal runs the longest first."""
+    """38 short rows fit into 480 MiB, 40 rows of 4,000 tokens at once do not: the rehearsal runs the longest first."""
     long_row = {"instruction": "Repeat.", "input": "ash birch " * 380, "output": "ash " * 30}
     train = tmp_path / "mixed.json"
     train.write_text(json.dumps(json.loads((place / "train.json").read_text()) + [long_row] * 40))
     arguments = [str(place / "tiny.yaml"), "name=mixed", "data.max_length=4096", "evaluation.samples=0"]
     batch = ["training.global_batch_size=40", "training.micro_batch_size=40"]
-    script = _LIMITED.format(mib=320, argv=[TRAIN, *arguments, *batch, f"data.train={train}"])
+    script = _LIMITED.format(mib=480, argv=[TRAIN, *arguments, *batch, f"data.train={train}"])
     done = run([sys.executable, "-c", script], tmp_path)
     assert done.returncode == 2, done.stderr
     assert "out of memory on rank 0 in phase rehearse_train" in done.stderr
     assert "training.micro_batch_size=20 (now 40)" in done.stderr
     assert "step 1/" not in done.stdout and not (place / "runs" / "mixed" / "adapter").exists()
 
-    short = _LIMITED.format(mib=320, argv=[TRAIN, *arguments, *batch, "training.max_steps=1"])
+    short = _LIMITED.format(mib=480, argv=[TRAIN, *arguments, *batch, "training.max_steps=1"])
     done = run([sys.executable, "-c", short], tmp_path)
     assert done.returncode == 0, done.stderr
 
