@@ -73,18 +73,18 @@ def main() -> int:
 
     clear_run_directory(run_dir, ranks)  # an earlier evaluation's
 
+    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
+    engine.on_progress = watchdog.count
+    agreement = Agreement(on_progress=watchdog.count)
     step = loaded.start.step if loaded.start else 0
     samples = data.samples(recipe.evaluation.samples) if data else []
     if data:
-        with log.phase("evaluate"):
+        with log.phase("evaluate"), watchdog.watching():
             held_out = score(engine, data, recipe.evaluation, ranks)
-        with log.phase("evaluate", ANSWERING):
+        with log.phase("evaluate", ANSWERING), watchdog.watching():
             when = "after" if step else "before"
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
         log.scored(step, held_out)
-    agreement = Agreement()
-    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-    engine.on_progress = watchdog.count
     if mmlu is not None:
         with log.phase("evaluate_mmlu"), watchdog.watching():
             found = score_mmlu(

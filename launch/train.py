@@ -113,12 +113,12 @@ def main() -> int:
 
     def evaluate(step: int) -> None:
         if data.held_out is not None:
-            with log.phase("evaluate"):
+            with log.phase("evaluate"), watchdog.watching():
                 held_out = score(engine, data, recipe.evaluation, ranks, partial(leave_if_asked, step))
             log.scored(step, held_out)
 
     def answer(when: str, step: int) -> None:
-        with log.phase("evaluate", ANSWERING):
+        with log.phase("evaluate", ANSWERING), watchdog.watching():
             asks = partial(leave_if_asked, step)
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks, asks)
 
@@ -126,7 +126,7 @@ def main() -> int:
 
     def evaluate_mmlu(step: int, limit: int | None = None) -> None:
         asked = mmlu if limit is None else mmlu.first(limit)
-        with log.phase("evaluate_mmlu"):
+        with log.phase("evaluate_mmlu"), watchdog.watching():
             found = score_mmlu(
                 engine,
                 asked,
@@ -149,9 +149,9 @@ def main() -> int:
             path = save_result(run_dir, recipe, loaded, engine, tokenizer, step, writes=ranks.is_main)
         log.console.info(f"saved {path} at step {step}")
 
-    agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
     engine.on_progress = watchdog.count
+    agreement = Agreement(on_progress=watchdog.count)
 
     def checkpoint(step: int) -> None:
         state = RunState.of(
@@ -175,18 +175,18 @@ def main() -> int:
             leave(step)
 
     if recipe.rehearse:
-        with log.phase("rehearse_train"):
+        with log.phase("rehearse_train"), watchdog.watching():
             accumulation = recipe.accumulation(ranks.world_size)
             rehearse_step(engine, largest, accumulation, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
-        with log.phase("rehearse_evaluate"):
+        with log.phase("rehearse_evaluate"), watchdog.watching():
             if data.held_out is not None:
                 largest = worst_batch(data.held_out.examples, recipe.evaluation.micro_batch_size)
                 rehearse_evaluation(engine, largest, ranks.device)
-        with log.phase("rehearse_evaluate", ANSWERING):
+        with log.phase("rehearse_evaluate", ANSWERING), watchdog.watching():
             prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
             rehearse_answers(engine, prompts, recipe.evaluation.max_new_tokens, ranks.device)
         if mmlu is not None:
-            with log.phase("rehearse_evaluate_mmlu"):
+            with log.phase("rehearse_evaluate_mmlu"), watchdog.watching():
                 mmlu.rehearse(engine, ranks)
         with log.phase("rehearse_save"):
             rehearse_save(
@@ -264,8 +264,7 @@ def main() -> int:
         evaluate(order.total_steps)
         answer("after", order.total_steps)
         if mmlu is not None:
-            with watchdog.watching():
-                evaluate_mmlu(order.total_steps)
+            evaluate_mmlu(order.total_steps)
         if recipe.lm_eval.tasks:
             with log.phase("evaluate_lm_eval"):
                 found = run_harness(engine, recipe.lm_eval, tokenizer, ranks)
