@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasp.recipe import Quantization
+from lorasp.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -34,7 +35,8 @@ _scale_code: dict[torch.device, Tensor] = {}
 @cache
 def _bnb() -> ModuleType:
     """Imported when something is first quantized: a plan of a model's memory needs its shapes only."""
-    from bitsandbytes import functional
+    with uncompiled():
+        from bitsandbytes import functional
 
     return functional
 

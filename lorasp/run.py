@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -46,9 +45,13 @@ from lorasp.recipe_deepspeed import keeps_base_whole
 from lorasp.reporting.console import Console
 from lorasp.resume import LEFT, Found
 from lorasp.tracing import NoPlan
+from lorasp.uncompiled import uncompiled
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
 from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_whole, shard_unit
+
+with uncompiled():
+    import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
 _TOLD_EVERY = 5.0  # seconds: lines of MMLU's progress in a log file

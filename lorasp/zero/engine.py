@@ -12,6 +12,7 @@ from lorasp.memory import GATHERED_AT_ONCE
 from lorasp.models.causal_lm import CausalLM, needless_in_backward
 from lorasp.recipe import Training
 from lorasp.timing import PartTimer
+from lorasp.uncompiled import uncompiled
 from lorasp.zero.launch import LIVE, PREFETCH, Ranks
 from lorasp.zero.sharding import largest_unit_numel, spare_backward_gathers
 
@@ -42,7 +43,8 @@ class Engine:
             zero.setdefault(LIVE, 2 * zero[PREFETCH])
         self._accelerator = ranks.accelerator
         self._world_size = ranks.world_size
-        self._engine, _ = ranks.accelerator.prepare(model, optimizer)
+        with uncompiled():  # to see whether the optimizer is Muon, DeepSpeed imports it
+            self._engine, _ = ranks.accelerator.prepare(model, optimizer)
         for module in needless_in_backward(model):
             spare_backward_gathers(module)
         self.model = model
