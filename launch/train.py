@@ -25,7 +25,7 @@ def main() -> int:
     # The recipe is known to be good before anything heavy is imported.
     from lorasp.accounting import held_bytes
     from lorasp.agreement import Agreement
-    from lorasp.checkpoint import load_adapter, write_text_whole
+    from lorasp.checkpoint import load_adapter
     from lorasp.data.batches import training_batches
     from lorasp.evaluation.harness import check_harness, run_harness
     from lorasp.models.weights import hub_commit
@@ -55,6 +55,7 @@ def main() -> int:
     from lorasp.timing import matrix_product_limit
     from lorasp.trainer import Diverged, every, train
     from lorasp.watchdog import Watchdog
+    from lorasp.whole_files import write_text_whole
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
 

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasp.adapter import AdaptedLinear, adapted_linears, model_selection_digest
 from lorasp.recipe import Quantization, Recipe, RecipeError
+from lorasp.whole_files import replace_file, write_text_whole
 
 ADAPTER_FILE = "adapter.safetensors"
 CHECKPOINTS = "checkpoints"  # in a run's directory
@@ -258,11 +258,6 @@ def replacing_whole(directory: Path, *, writes: bool) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Writes beside, syncs, renames. Raises RecipeError when the disk refuses."""
-    _replace_file(path, lambda beside: beside.write_text(text))
-
-
 def _in_files(
     values: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, prefix: str
 ) -> Iterator[dict[str, Tensor]]:
@@ -284,24 +279,4 @@ def _gathered(parameter: nn.Parameter) -> Tensor:
 
 def write_tensors_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, as `write_text_whole` writes a text."""
-    _replace_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))
-
-
-def _replace_file(path: Path, write) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        beside.chmod(0o644)  # safetensors' 0600 would hide it from one's group
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except Exception as error:  # safetensors wraps the operating system's error in its own
-        beside.unlink(missing_ok=True)
-        raise RecipeError(
-            f"{path} could not be written ({error}); what was saved there before is unharmed. Free space or name "
-            f"another output_dir"
-        ) from error
+    replace_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))

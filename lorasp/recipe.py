@@ -136,7 +136,8 @@ class Source(Section):
     revision: str | None = None  # the hub's branch, tag or commit
     subset: str | None = None  # of a hub data set that has several (its "config")
     split: str = "train"  # of a hub data set
-    limit: Count | None = None  # uses the first rows only
+    skip: Annotated[int, Field(ge=0)] = 0  # leaves the first rows out, as training may have them
+    limit: Count | None = None  # uses the first rows only, of those that are left
 
 
 class WeightedSource(Source):
