@@ -15,7 +15,7 @@ from lorasp.recipe_deepspeed import check_deepspeed_config, shard_group_size
 from lorasp.recipe_loading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "recipes").glob("**/*.yaml") if path.parent.name != "sweeps")
 SMALL = "model: {path: some/model}\ndata: {train: some/data}\n"
 
 

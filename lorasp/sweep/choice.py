@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasp.recipe import RecipeError
-from lorasp.sweep.cells import Cell
+from lorasp.sweep.cells import Cell, final_cells
 from lorasp.sweep.definition import Sweep
 from lorasp.sweep.outcome import find_outcome
 from lorasp.whole_files import write_text_whole
@@ -32,7 +32,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """metric: of which the scores are; learning_rate: the best one's, of equal ones the lowest."""
+    """metric: of which the scores are; learning_rate: the best one's, of equal ones the lowest; reports: the names of
+    the runs to report, which train at it.
+    """
 
     group: str
     by: str
@@ -41,6 +43,7 @@ class Choice:
     seed: int | None
     candidates: tuple[Candidate, ...]
     learning_rate: float
+    reports: tuple[str, ...]
 
     def describe(self) -> str:
         scores = ", ".join(
@@ -60,7 +63,8 @@ def read_choice(sweep: Sweep, group: str) -> Choice | None:
         return None
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        found = Choice(**tree | {"candidates": tuple(Candidate(**its) for its in tree["candidates"])})
+        its = tuple(Candidate(**candidate) for candidate in tree["candidates"])
+        found = Choice(**tree | {"candidates": its, "reports": tuple(tree["reports"])})
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"{path} is no choice that can be read ({error}); remove it to choose again") from None
     choose = sweep.file.choose
@@ -102,7 +106,8 @@ def choose(sweep: Sweep, group: str, cells: list[Cell]) -> Choice | str:
     best = min(scored, key=lambda its: (-its.score if higher else its.score, its.learning_rate))
     seed = cells[0].recipe.seed
     by, metric = sweep.file.choose.by, splits[0]["metric"]
-    chosen = Choice(group, by, metric, higher, seed, tuple(candidates), best.learning_rate)
+    reports = tuple(its.name for its in final_cells(sweep, {group: best.learning_rate}) if its.group == group)
+    chosen = Choice(group, by, metric, higher, seed, tuple(candidates), best.learning_rate, reports)
     write_text_whole(choice_file(sweep, group), json.dumps(asdict(chosen), indent=1) + "\n")
     return chosen
 
