@@ -79,6 +79,7 @@ class Story:
                 tell(f"{name}: {outcome.kind} already")
             else:
                 tell(f"{name}: {'goes on' if outcome.kind == 'begun' else 'starts'}, see {cell.run_dir / LOG}")
+                (cell.run_dir / _LEFT).unlink(missing_ok=True)  # of the start before this one
                 begun = time.monotonic()
                 try:
                     code = self._launcher.run(self._launcher.command(cell.sweep.recipe, cell.overrides), cell.run_dir)
