@@ -23,14 +23,14 @@ from transformers import PreTrainedConfig
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
 from lorasp.memory import GATHERED_AT_ONCE, gib
-from lorasp.models.causal_lm import CausalLM
 from lorasp.models.gathers import gathered_bytes
+from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
 from lorasp.tracing import Traces
 
-_ADAPTER = ("A", "B", "A_rest")
+_ADAPTER = ("A", "B", "A_rest", "W", "W_rest")  # as accounting.py has it, which imports deepspeed
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def excess(plan: Plan, free_bytes: int) -> str | None:
     )
 
 
-def _count(model: CausalLM, recipe: Recipe, world_size: int, group: int, base_whole: bool) -> dict[str, int]:
+def _count(model: TaskModel, recipe: Recipe, world_size: int, group: int, base_whole: bool) -> dict[str, int]:
     """Bytes (and `trained` entries) of what a rank keeps and gathers of the model; each grows by a layer's."""
     found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
     masters = 0
@@ -242,7 +242,7 @@ def _count(model: CausalLM, recipe: Recipe, world_size: int, group: int, base_wh
         found["masks" if name.endswith("_bits") else "buffers"] += buffer.numel() * buffer.element_size()
     found["masters"] = 4 * masters  # fp32, as are gradients and both moments
     found["gradients"] = 4 * masters + 4 * _bucket_elements(recipe)
-    found["head"] = _bytes(model.model.get_output_embeddings().weight)
+    found["head"] = sum(_bytes(p) for module in model.label_modules() for p in module.parameters())
     found["gathered_in_step"] = gathered_bytes(model)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
     found["largest_filled"] = _largest_filled(model, recipe)
@@ -262,7 +262,7 @@ def _zero_settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(Path(recipe.deepspeed.config).read_text())["zero_optimization"]
 
 
-def _largest_filled(model: CausalLM, recipe: Recipe) -> int:
+def _largest_filled(model: TaskModel, recipe: Recipe) -> int:
     """What the largest matrix takes before it is quantized: as it is read, in 16 bits; where adapters are fitted to
     what that loses (`AdaptedLinear`), also as W and W - Q in fp32 and Q in the compute precision.
     """

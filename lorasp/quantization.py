@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasp.dropout import DropoutSeeds
 from lorasp.recipe import Quantization
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
-
-DropoutSeeds = tuple[tuple[int, int], ...]  # (tokens, seed) of each example: a mask is a function of them
 
 _SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
 _QUANTIZED_AT_ONCE = 2**20  # weights; a multiple of every block size

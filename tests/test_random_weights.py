@@ -8,8 +8,9 @@ from transformers import LlamaForCausalLM
 
 from lorasp.data.random_tokens import random_tokens
 from lorasp.models.build import build_on_meta, filled_units
+from lorasp.models.classes import open_weights
 from lorasp.models.random_weights import RandomWeights
-from lorasp.models.weights import load_config, locate_model, open_weights
+from lorasp.models.weights import load_config, locate_model
 from lorasp.recipe import Model, Recipe, RecipeError, named_shapes
 from lorasp.recipe_loading import load_recipe
 from lorasp.run import read_data

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -24,6 +25,20 @@ class HeldOutScore:
     exact_match: float
     examples: int
     tokens: int
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {"held_out_loss": self.loss, "exact_match": self.exact_match}
+
+    @property
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """See `tasks.base.Score`."""
+        of_all = {"metrics": self.numbers, "count": self.examples}
+        return {"reported": {"metric": "held_out_loss", "score": self.loss, "higher_is_better": False, **of_all}}
+
+    @property
+    def told(self) -> str:
+        return f"loss {self.loss:.4f} nats a token, exact match {self.exact_match:.1%} of {self.examples}"
 
 
 @torch.no_grad()
