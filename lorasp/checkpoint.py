@@ -264,7 +264,7 @@ def replacing_whole(directory: Path, *, writes: bool) -> Iterator[Path]:
 
 def write_text_whole(path: Path, text: str) -> None:
     """Writes beside, syncs, renames. Raises RecipeError when the disk refuses."""
-    _replace_file(path, lambda beside: beside.write_text(text))
+    _replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def _in_files(

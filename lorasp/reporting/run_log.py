@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lorasp.accounting import TrainingFlops
+from lorasp.checkpoint import write_text_whole
 from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore
 from lorasp.memory import MemoryMeter, gib
 from lorasp.models.recompute import kept_bytes_per_token
@@ -228,6 +229,9 @@ class RunLog:
         if step:
             self._splits = {name: dict(split) for name, split in score.splits.items()}
         self._trackers.scalars(step, {f"evaluate/{name}": value for name, value in score.numbers.items()})
+        for name, text in score.files.items():
+            if self._ranks.is_main:
+                write_text_whole(self._run_dir / name, text)
         self.console.info(f"held out, step {step}: {score.told}")
 
     def mmlu_scored(
