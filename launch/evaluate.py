@@ -22,6 +22,7 @@ def main() -> int:
     listen_for_signals()
     recipe = recipe_from_command_line(__doc__)
     has_rows = recipe.data.held_out is not None or recipe.kind == "classification"
+    has_rows |= recipe.translation.test is not None
     if not has_rows and recipe.mmlu.data is None and not recipe.lm_eval.tasks:
         raise RecipeError(
             "data.held_out: there is nothing to score; name a file of held-out rows, MMLU's directory as mmlu.data, "

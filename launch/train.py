@@ -113,7 +113,8 @@ def main() -> int:
 
     def evaluate(step: int) -> None:
         with log.phase("evaluate"):
-            score = task.score(engine, data, ranks, partial(leave_if_asked, step))
+            asks, final = partial(leave_if_asked, step), step == order.total_steps
+            score = task.score(engine, data, ranks, asks, final=final)
         if score is not None:
             log.scored(step, score)
 

@@ -53,8 +53,9 @@ class TrainingFlops:
     """Floating-point operations that training needs of a model, whatever is recomputed.
 
     Two for each entry of a matrix that a token meets forward, two backward for the gradient of the input, two more
-    where the matrix is trained. per_token: of a real token, in the layers' linears and adapters; per_label: of a
-    labelled position, in the head. Attention's own products, which grow with the length, are left out.
+    where the matrix is trained. per_token: of a real token, in the layers' linears and adapters (of an
+    encoder-decoder: of a source's token); per_label: of a labelled position in the head, besides what it takes as a
+    real token. Attention's own products, which grow with the length, are left out.
     """
 
     per_token: int
@@ -71,7 +72,8 @@ class TrainingFlops:
 def count_flops(model: TaskModel) -> TrainingFlops:
     """Of an unsharded model (the meta device will do)."""
     per_token = per_label = 0
-    of_labels = set(model.label_modules())
+    per_target = 0
+    of_labels, of_targets = set(model.label_modules()), set(model.target_modules())
     for module in model.modules():
         if isinstance(module, Head):
             per_label += (6 if module.weight.requires_grad else 4) * module.weight.numel()
@@ -79,9 +81,15 @@ def count_flops(model: TaskModel) -> TrainingFlops:
             per_label += 6 * module.in_features * module.out_features
         elif isinstance(module, ShardedLinear):
             base_trained = not isinstance(module, AdaptedLinear) and module.needs_input
-            per_token += (6 if base_trained else 4) * module.in_features * module.out_features
-        if isinstance(module, AdaptedLinear):
-            per_token += 6 * module.factor_entries()
+            flops = (6 if base_trained else 4) * module.in_features * module.out_features
+            if isinstance(module, AdaptedLinear):
+                flops += 6 * module.factor_entries()
+            if module in of_targets:
+                per_target += flops
+            else:
+                per_token += flops
+    if of_targets:  # a target's tokens are among the real ones, but meet the decoder in place of the encoder
+        per_label += per_target - per_token
     return TrainingFlops(per_token, per_label)
 
 

@@ -28,7 +28,7 @@ from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
-from lorasp.tracing import Traces
+from lorasp.tracing import NoPlan, Traces
 
 _ADAPTER = ("A", "B", "A_rest", "W", "W_rest")  # as accounting.py has it, which imports deepspeed
 
@@ -72,6 +72,8 @@ def plan(
     precision, so that nothing is built or traced twice.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
+    if recipe.kind == "translation":
+        raise NoPlan("T5's encoder and decoder are layers of two kinds, and a plan knows one")
     if batch is None:
         rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
         batch = collate(rows, range(len(rows)))

@@ -73,6 +73,7 @@ class ShardedLinear(nn.Module):
         if quantization.format == "none":
             self.weight = _parameter((out_features, in_features), dtype, trained)
         else:
+            self.weight = None  # T5's feed-forward asks what it is
             blocks = -(-entries // quantization.block_size)
             self.codes = _parameter((-(-entries // 2),), torch.uint8)
             self.scales = _parameter((blocks,), torch.uint8 if quantization.double_quant else torch.float32)

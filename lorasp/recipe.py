@@ -209,6 +209,12 @@ class Data(Section):
         return self.held_out if isinstance(self.held_out, Source) else None
 
 
+def _with_split(given: Any, split: str) -> Any:
+    """The data set, of that split where it names none."""
+    given = {"path": given} if isinstance(given, str) else given
+    return {"split": split, **given} if isinstance(given, dict) else given
+
+
 def _source(kind: type[Source], given: Any, where: str) -> Source:
     """Raises ValueError with a sentence about the first fault of `given`, which stands at `where`."""
     if isinstance(given, Source):
@@ -317,6 +323,21 @@ def _all_or_names(given: Any, all_of_them: str | None, kind: str) -> Any:
     return given
 
 
+class Translation(Section):
+    """How the model of a translation task writes, and what is scored by BLEU and ROUGE at the end."""
+
+    test: Source | None = None  # the set that is reported; a directory or a hub data set. None: nothing is written
+    beams: Count = 1  # of beam search; 1 is greedy. evaluation.max_new_tokens bounds a translation
+    length_penalty: float = (
+        1.0  # a text's log-likelihood is divided by its tokens to this power: more favours long ones
+    )
+
+    @field_validator("test", mode="before")
+    @classmethod
+    def _of_its_split(cls, given: Any) -> Any:
+        return given if given is None else _source(Source, _with_split(given, "test"), "")
+
+
 class DeepSpeed(Section):
     config: str = Field(
         "zero3.json", validate_default=True
@@ -378,7 +399,7 @@ _IGNORED = {
 _UNUSED_DATA = {
     "causal_lm": ("selection",),
     "classification": ("held_out", "format", "template", "too_long", "empty_output", "packing", "limit"),
-    "translation": (),
+    "translation": ("selection", "format", "template", "packing"),
 }
 
 
@@ -411,6 +432,7 @@ class Recipe(Section):
     training: Training = Training()
     checkpoint: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
+    translation: Translation = Translation()
     mmlu: Mmlu = Mmlu()
     lm_eval: LmEval = LmEval()
     deepspeed: DeepSpeed = DeepSpeed()
@@ -466,6 +488,8 @@ class Recipe(Section):
             del tree["task"], tree["data"]["selection"]
         if self.kind != "classification":
             tree.get("adapter", {}).pop("head", None)
+        if self.kind != "translation":
+            del tree["translation"]
         if self.quantization.init == "plain":
             del tree["quantization"]["iterations"]
         if self.mmlu.data is None:
@@ -490,6 +514,16 @@ class Recipe(Section):
             adapter, targets = tree.get("adapter", {}), _DEFAULT_TARGETS.get(_kind(tree["task"]))
             if isinstance(adapter, dict) and targets:
                 return {**tree, "adapter": {"target_modules": targets, **adapter}}
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_pairs(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("task"), str) and _kind(tree["task"]) == "translation":
+            data = tree.get("data")
+            if isinstance(data, dict) and isinstance(data.get("held_out"), dict | str):
+                held_out = _with_split(data["held_out"], "validation")
+                return {**tree, "data": {**data, "held_out": {"revision": data.get("revision"), **held_out}}}
         return tree
 
     @model_validator(mode="after")
@@ -575,6 +609,10 @@ class Recipe(Section):
         for key in _UNUSED_DATA[self.kind]:
             if getattr(self.data, key) != type(self.data).model_fields[key].default:
                 yield (f"data.{key}", "task"), f"task {self.task} has no use for it; remove this setting"
+        if self.kind != "translation":
+            for key in sorted(self.translation.model_fields_set):
+                if getattr(self.translation, key) != Translation.model_fields[key].default:
+                    yield (f"translation.{key}", "task"), f"task {self.task} translates nothing; remove this setting"
         if self.kind == "causal_lm":
             if self.method == "lorasp" and "head" in self.adapter.model_fields_set:
                 yield ("adapter.head", "task"), "a causal language model's head is not trained; remove this setting"

@@ -53,7 +53,7 @@ _READ_AT_ONCE = 2**24
 _FREE = set(
     """
     name output_dir overwrite rehearse resume deterministic checkpoint deepspeed tracking profile memory evaluation
-    health mmlu lm_eval
+    health translation mmlu lm_eval
     model.path model.revision model.trust_remote_code data.train data.held_out data.revision data.limit
     adapter.init_from quantization.cache training.micro_batch_size training.activation_checkpointing
     training.offload_activations training.log_every training.evaluate_every

@@ -27,6 +27,7 @@ from lorasp.checkpoint import (
 from lorasp.data.mmlu import download_mmlu
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore, trained_digest
+from lorasp.evaluation.translation import TRANSLATIONS
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.classes import model_class, open_weights
@@ -51,7 +52,7 @@ from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_who
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
 _TOLD_EVERY = 5.0  # seconds: lines of MMLU's progress in a log file
-_OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export")
+_OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export", TRANSLATIONS)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:

@@ -9,7 +9,7 @@ from lorasp.recipe_errors import RecipeError
 
 def write_text_whole(path: Path, text: str) -> None:
     """Writes beside, syncs, renames. Raises RecipeError when the disk refuses."""
-    replace_file(path, lambda beside: beside.write_text(text))
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

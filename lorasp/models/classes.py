@@ -5,6 +5,7 @@ from pathlib import Path
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.classifier import SequenceClassifier
 from lorasp.models.random_weights import RandomWeights
+from lorasp.models.seq2seq_lm import Seq2SeqLM
 from lorasp.models.task_model import TaskModel
 from lorasp.models.weights import Checkpoint, load_config
 from lorasp.recipe import Recipe
@@ -12,7 +13,11 @@ from lorasp.recipe import Recipe
 
 def model_class(recipe: Recipe) -> type[TaskModel]:
     """Of the recipe's task."""
-    classes: dict[str, type[TaskModel]] = {"causal_lm": CausalLM, "classification": SequenceClassifier}
+    classes: dict[str, type[TaskModel]] = {
+        "causal_lm": CausalLM,
+        "classification": SequenceClassifier,
+        "translation": Seq2SeqLM,
+    }
     return classes[recipe.kind]
 
 

@@ -60,6 +60,10 @@ class TaskModel(nn.Module, ABC):
     def label_modules(self) -> Iterator[nn.Module]:
         """Modules that only labelled positions reach; whatever else has weights meets every token."""
 
+    def target_modules(self) -> Iterator[nn.Module]:
+        """Modules that only targets reach, each of whose tokens is a label, where a source's reach all the others."""
+        yield from ()
+
     @abstractmethod
     def needless_in_backward(self) -> Iterator[nn.Module]:
         """Modules with weights that no backward reads, so that nobody gathers them for it."""

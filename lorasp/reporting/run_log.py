@@ -29,6 +29,7 @@ from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
 from lorasp.tasks.base import Score
 from lorasp.trainer import Diverged, LogPoint
+from lorasp.whole_files import write_text_whole
 from lorasp.zero.launch import Ranks
 
 FIRST_STEP = "train_first_step"
@@ -228,6 +229,9 @@ class RunLog:
         if step:
             self._splits = {name: dict(split) for name, split in score.splits.items()}
         self._trackers.scalars(step, {f"evaluate/{name}": value for name, value in score.numbers.items()})
+        for name, text in score.files.items():
+            if self._ranks.is_main:
+                write_text_whole(self._run_dir / name, text)
         self.console.info(f"held out, step {step}: {score.told}")
 
     def mmlu_scored(

@@ -10,6 +10,10 @@ def task_of(recipe: Recipe) -> Task:
         from lorasp.tasks.glue import Glue
 
         return Glue(recipe)
+    if recipe.kind == "translation":
+        from lorasp.tasks.translation import Translation
+
+        return Translation(recipe)
     from lorasp.tasks.causal_lm import CausalLanguageModeling
 
     return CausalLanguageModeling(recipe)

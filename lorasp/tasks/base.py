@@ -63,12 +63,13 @@ class Score(Protocol):
     numbers: by the names that the report, its curves and the trackers know; `held_out_loss` is among them, by which
     the best checkpoint is kept. splits: `reported`, and `selection` where rows were set apart to choose settings on:
     each with its `metric` (the name of the one that counts), `score` (its value), `higher_is_better`, `metrics` by
-    name and `count`. told: for a line of the log.
+    name and `count`. told: for a line of the log. files: texts for the run's directory, by name.
     """
 
     numbers: Mapping[str, float]
     splits: Mapping[str, Mapping[str, Any]]
     told: str
+    files: Mapping[str, str]
 
 
 class Task(ABC):
@@ -95,11 +96,18 @@ class Task(ABC):
 
     @abstractmethod
     def score(
-        self, engine: Engine, data: TaskData, ranks: Ranks, before_batch: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        data: TaskData,
+        ranks: Ranks,
+        before_batch: Callable[[], None] = lambda: None,
+        *,
+        final: bool = True,
     ) -> Score | None:
         """Scores what is held out, spread over the ranks; None where nothing is. Collective; the same on all ranks.
 
-        before_batch: called on all ranks before each forward; what it raises ends the scoring.
+        before_batch: called on all ranks before each forward; what it raises ends the scoring. final: also scores what
+        takes too long to be scored before the end.
         """
 
     @abstractmethod

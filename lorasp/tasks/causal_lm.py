@@ -35,7 +35,13 @@ class CausalLanguageModeling(Task):
         return worst_batch(examples, micro_batch_size)
 
     def score(
-        self, engine: Engine, data: RunData, ranks: Ranks, before_batch: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        data: RunData,
+        ranks: Ranks,
+        before_batch: Callable[[], None] = lambda: None,
+        *,
+        final: bool = True,
     ) -> HeldOutScore | None:
         if data.held_out is None:
             return None

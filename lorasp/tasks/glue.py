@@ -68,6 +68,10 @@ class GlueScore:
         return {name: score.to_dict() for name, score in self.of.items()}
 
     @property
+    def files(self) -> Mapping[str, str]:
+        return {}
+
+    @property
     def told(self) -> str:
         return "; ".join(
             f"{name.replace('_', ', ')}: "
@@ -97,7 +101,13 @@ class Glue(Task):
         return self.collate(longest, range(len(longest)))
 
     def score(
-        self, engine: Engine, data: GlueData, ranks: Ranks, before_batch: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        data: GlueData,
+        ranks: Ranks,
+        before_batch: Callable[[], None] = lambda: None,
+        *,
+        final: bool = True,
     ) -> GlueScore:
         engine.train_mode(False)
         found = {}
