@@ -177,6 +177,39 @@ def test_what_it_took_is_of_the_worst_rank_of_the_worst_run(tmp_path):
     assert line[1:] == ["causal_lm", "0, 1", "0.0001", "32", "12.0", *peaks, deviation, "2 ranks on cpu"]
 
 
+def test_a_task_is_a_column_and_the_mean_waits_for_all_of_them(tmp_path):
+    base = MODELS["RoBERTa-base"].parameters + 769  # of a task with three labels
+    scores = {"mnli": ("accuracy", 0.8), "cola": ("matthews", -0.05), "stsb": ("pearson", 0.9)}
+    for task, (metric, score) in scores.items():
+        its = recipe(task=task, adapter__rank=8, data__selection=0.1)
+        reported = split(metric, score, loss=0.5)
+        finished_run(tmp_path / task, its, base=base, trained=444_675, reported=reported)
+    lines, left_out = the_table([tmp_path], 1)
+    assert not left_out and [line[1] for line in lines].count("ours, r = 8") == 1
+    assert lines[4] == [
+        "RoBERTa-base, LoRA-SP",
+        "paper",
+        "0.45",
+        *"86.2 93.6 91.1 62.5 91.4 90.4 70.3 90.2 84.5".split(),
+    ]
+    assert lines[5][2:] == ["0.445", "80.0 (1)", "–", "–", "-5.0 (1)", "–", "–", "–", "90.0 (1)", "–"]
+    for task in ("sst2", "mrpc", "qnli", "qqp", "rte"):
+        its = recipe(task=task, adapter__rank=8, data__selection=0.1)
+        finished_run(tmp_path / task, its, base=base, trained=443_906, reported=split("accuracy", 0.75))
+    lines, _ = the_table([tmp_path], 1)
+    # (80 − 5 + 90 + 5 · 75) / 8
+    assert lines[5][2] == "0.444–0.445" and lines[5][-1] == "67.5"
+
+
+def test_bleu_and_rouge_are_in_percent_already(tmp_path):
+    its = recipe(task="wmt16_en_ro", adapter__rank=8)
+    reported = split("bleu", 31.25, rouge1=43.5, rouge2=27.75, rougeL=39.5)
+    finished_run(tmp_path / "t5", its, base=MODELS["T5-base"].parameters, trained=442_368, reported=reported)
+    lines, left_out = the_table([tmp_path], 2)
+    assert not left_out
+    assert lines[5] == ["", "ours, r = 8", "0.442", "31.2 (1)", "43.5 (1)", "27.8 (1)", "39.5 (1)"]
+
+
 def test_the_csv_has_the_numbers_and_nothing_where_there_is_none(tmp_path):
     paths = [llama(tmp_path / f"s{seed}", 0.3 + seed / 10, seed=seed) for seed in range(2)]
     summaries, _ = summarize(read_runs(paths)[0])

@@ -119,7 +119,10 @@ def test_every_fault_of_every_runs_recipe_is_told_at_once_where_the_sweep_gives_
             ("skip: 200", "skip: 100"),
             "s.yaml:11: choose.by: the rows of data.held_out would choose",
         ),
-        (("by: held_out", "by: selection"), "s.yaml:11: choose.by: no rows are set apart to choose on"),
+        (
+            ("by: held_out", "by: selection"),
+            "s.yaml:11: choose.by: no rows are set apart to choose on; set",
+        ),
         (("half:", "'lorasp ':"), "s.yaml: two runs would both be called choose-lorasp-max_length64-lr0.0001-seed0"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",

@@ -7,8 +7,9 @@ NOTES = {
         "(768² + 768 + 2 · 768 + 2 = 592,130) are 887,042; the paper prints 0.9 M, rounded, and half of that, 0.45 M, "
         "for LoRA-SP. So its half is of the head as well, and its rank is 8, where its section 4.3 says r = 16 for "
         "LoRA-SP: r = 16 with half of the adapter selected and the head whole would be the LoRA row's count again. "
-        "adapter.head: whole trains the head whole: 739,586. A task of three labels has 769 parameters more, STS-B "
-        "769 fewer. Large likewise: 786,432 and 1,051,650 are 1,838,082, printed 1.8 M, half of it 0.9 M.",
+        "Half of both, but for the head's biases, is 443,906; with adapter.head: whole it is 739,586. A task of "
+        "three labels has 769 parameters more, STS-B 769 fewer. Large likewise: 786,432 and 1,051,650 are 1,838,082, "
+        "printed 1.8 M, half of it 0.9 M.",
         "Full fine-tuning trains every parameter: 124.6 M and 355.4 M with this head, where 121.3 M and 348 M are "
         "printed: 2.8 % and 2.1 % more. No part of the model has the size of the difference, and the paper does not "
         "say what it leaves out; its text says around 125 M and 355 M itself.",

@@ -53,7 +53,7 @@ class Run:
 
     @property
     def task(self) -> str:
-        return getattr(self.recipe, "task", "causal_lm")
+        return self.recipe.task
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -82,16 +82,17 @@ class Run:
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Its reported scores by name, in % where a share was reported (and BLEU and ROUGE, which are in % already).
+        """Its reported scores by name, in % unless they are losses; of MNLI `mismatched_accuracy` besides.
 
-        A GLUE task's own score goes by the task's name, as a table has it.
+        The score that counts of a GLUE task goes by the task's name too, as Table 1 has it.
         """
-        reported = self.report.get("reported")
-        found: dict[str, float] = {}
-        if reported is not None:
-            found = {name: _in_percent(name, value) for name, value in reported["metrics"].items()}
-            if self.task != "causal_lm" and reported["metric"] not in ("bleu",):
-                found[self.task] = _in_percent(reported["metric"], reported["score"])
+        found: dict[str, float | None] = {}
+        for split in ("reported", "reported_mismatched"):
+            before = split.removeprefix("reported").removeprefix("_")
+            for name, value in self.report.get(split, {}).get("metrics", {}).items():
+                found[f"{before}_{name}" if before else name] = _in_percent(name, value)
+        if self.recipe.kind == "classification" and (reported := self.report.get("reported")):
+            found[self.task] = _in_percent(reported["metric"], reported["score"])
         if (mmlu := self.report.get("mmlu")) is not None:
             found["mmlu"] = 100 * mmlu["scores"][-1]["micro"]["accuracy"]
         return {name: value for name, value in found.items() if value is not None}

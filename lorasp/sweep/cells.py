@@ -142,12 +142,14 @@ def _unfit_to_choose(cell: Cell) -> str | None:
         return None
     at = cell.sweep.where("choose.by")
     if choose.by == "selection":
-        if getattr(recipe.data, "selection", None) is None:
-            return (
-                f"{at}: choose.by: no rows are set apart to choose on; set data.selection to a share of the training "
-                f"rows, like 0.1, or choose by held_out"
-            )
-        return None
+        wanted, there = {
+            "classification": ("data.selection to a share of the training rows, like 0.1", recipe.data.selection),
+            "translation": ("data.held_out, beside translation.test", recipe.data.held_out),
+            "causal_lm": ("choose.by to held_out, with other rows in choose.settings", None),
+        }[recipe.kind]
+        return None if there else f"{at}: choose.by: no rows are set apart to choose on; set {wanted}"
+    if recipe.kind != "causal_lm":
+        return f"{at}: choose.by: task {recipe.task} reports what it calls held out; set choose.by: selection"
     if recipe.data.held_out is None:
         return f"{at}: choose.by: there is no data.held_out to choose by"
     reported = next(its for its in final_cells(cell.sweep, {}) if its.group == cell.group).recipe
