@@ -185,7 +185,7 @@ def test_a_task_is_a_column_and_the_mean_waits_for_all_of_them(tmp_path):
         reported = split(metric, score, loss=0.5)
         finished_run(tmp_path / task, its, base=base, trained=444_675, reported=reported)
     lines, left_out = the_table([tmp_path], 1)
-    assert not left_out and [line[1] for line in lines].count("ours, r = 8") == 1
+    assert not left_out and [line[1] for line in lines].count("ours, r = 8, head selected") == 1
     assert lines[4] == [
         "RoBERTa-base, LoRA-SP",
         "paper",

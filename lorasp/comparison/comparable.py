@@ -6,7 +6,7 @@ from typing import Any
 
 from lorasp.comparison.runs import Run
 
-_COMPARED = {"method", "task", "seed", "training.learning_rate", "adapter.rank", "adapter.alpha"}
+_COMPARED = {"method", "task", "seed", "training.learning_rate", "adapter.rank", "adapter.alpha", "adapter.head"}
 
 
 def comparable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

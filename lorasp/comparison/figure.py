@@ -54,4 +54,4 @@ def draw_table(number: int, rows: Sequence[Row], path: Path) -> None:
 
 
 def _bar_name(row: Row) -> str:
-    return METHODS[row.method] if row.paper or row.key.rank is None else f"{METHODS[row.method]}, r = {row.key.rank}"
+    return METHODS[row.method] if row.paper else ", ".join(filter(None, (METHODS[row.method], row.key.details)))

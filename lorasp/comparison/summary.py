@@ -65,11 +65,23 @@ class Seeds:
 
 @dataclass(frozen=True)
 class RowKey:
-    """rank: None for full fine-tuning."""
+    """rank: None for full fine-tuning. head: how much of a classifier's is trained, where LoRA-SP has the choice."""
 
     model: str
     method: str
     rank: int | None
+    head: str | None
+
+    @classmethod
+    def of(cls, run: Run) -> "RowKey":
+        has_choice = run.method == "lorasp" and run.recipe.kind == "classification"
+        return cls(run.model, run.method, run.rank, run.recipe.adapter.head if has_choice else None)
+
+    @property
+    def details(self) -> str:
+        """`r = 8, head whole`; nothing for full fine-tuning."""
+        parts = [] if self.rank is None else [f"r = {self.rank}"]
+        return ", ".join([*parts, *([] if self.head is None else [f"head {self.head}"])])
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def summarize(runs: Sequence[Run]) -> tuple[list[Summary], list[str]]:
     """The runs by row and task, in the order given, and a sentence for whatever of them cannot be averaged."""
     cells: dict[tuple[RowKey, str], list[Run]] = defaultdict(list)
     for run in runs:
-        cells[RowKey(run.model, run.method, run.rank), run.task].append(run)
+        cells[RowKey.of(run), run.task].append(run)
     summaries, others = [], []
     for (row, task), its in cells.items():
         rates = sorted({run.learning_rate for run in its})

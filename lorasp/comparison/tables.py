@@ -94,9 +94,7 @@ def format_table(number: int, rows: Sequence[Row]) -> str:
 
 
 def _from(row: Row) -> str:
-    if row.key is None or row.key.rank is None:
-        return "ours"
-    return f"ours, r = {row.key.rank}"
+    return ", ".join(["ours", *([row.key.details] if row.key and row.key.details else [])])
 
 
 def _our_cells(paper: PaperTable, row: Row) -> Iterator[str]:
@@ -126,12 +124,11 @@ def format_costs(summaries: Sequence[Summary]) -> str:
     header += [f"peak of {phase} (GiB)" for phase in PHASES] + ["tokens/s", "measured on"]
     lines = []
     for its in summaries:
-        rank = "" if its.row.rank is None else f" r = {its.row.rank}"
         alpha = "" if its.row.rank is None else f"{its.runs[0].recipe.adapter.alpha:g}"
         peaks = [MISSING if peak is None else gib(peak) for peak in its.peaks().values()]
         lines.append(
             [
-                f"{its.row.model}, {METHODS[its.row.method]}{rank}",
+                ", ".join(filter(None, (its.row.model, METHODS[its.row.method], its.row.details))),
                 its.task,
                 ", ".join(map(str, its.seeds)),
                 f"{its.learning_rate:g}",
@@ -151,7 +148,7 @@ def format_costs(summaries: Sequence[Summary]) -> str:
     return "\n\n".join(["### What it took", table(header, lines, "llll" + "r" * (len(header) - 5) + "l"), note])
 
 
-_CSV = ["table", "model", "method", "rank", "score", "task", "mean", "deviation", "n", "paper", "trained"]
+_CSV = ["table", "model", "method", "rank", "head", "score", "task", "mean", "deviation", "n", "paper", "trained"]
 _CSV += ["paper_trained_millions", "learning_rate", "seeds", "optimizer_bytes"]
 _CSV += [*(f"peak_bytes_{phase}" for phase in PHASES), "tokens_per_second", "machines", "runs"]
 
@@ -169,6 +166,7 @@ def table_csv(number: int, rows: Sequence[Row]) -> str:
                 "model": row.model,
                 "method": row.method,
                 "rank": "" if row.key is None or row.key.rank is None else row.key.rank,
+                "head": row.key.head if row.key and row.key.head else "",
                 "score": column,
                 "paper": row.paper.scores[column] if row.paper else "",
                 "paper_trained_millions": row.paper.trained if row.paper else "",

@@ -49,7 +49,10 @@ class Choice:
         scores = ", ".join(
             f"{its.learning_rate:g}: {'none' if its.score is None else f'{its.score:.4g}'}" for its in self.candidates
         )
-        return f"{self.group or 'learning rate'}: {self.learning_rate:g} by {self.by} {self.metric} ({scores})"
+        rates = [its.learning_rate for its in self.candidates]
+        edge = {min(rates): "lowest", max(rates): "highest"}.get(self.learning_rate)
+        told = f"{self.group or 'learning rate'}: {self.learning_rate:g} by {self.by} {self.metric} ({scores})"
+        return f"{told}; it is the {edge} that was tried" if edge else told
 
 
 def choice_file(sweep: Sweep, group: str) -> Path:
