@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lorasp.memory import GATHERED_AT_ONCE
-from lorasp.models.causal_lm import CausalLM, needless_in_backward
+from lorasp.models.task_model import TaskModel
 from lorasp.recipe import Training
 from lorasp.timing import PartTimer
 from lorasp.uncompiled import uncompiled
@@ -25,7 +25,7 @@ class Engine:
     The optimizer is torch's AdamW over each rank's flat vector of trained entries: fp32 master, two moments.
     """
 
-    def __init__(self, ranks: Ranks, model: CausalLM, training: Training) -> None:
+    def __init__(self, ranks: Ranks, model: TaskModel, training: Training) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # One group, no "no decay for 1-D parameters" rule: every compact adapter is 1-D.
         optimizer = torch.optim.AdamW(
@@ -45,7 +45,7 @@ class Engine:
         self._world_size = ranks.world_size
         with uncompiled():  # to see whether the optimizer is Muon, DeepSpeed imports it
             self._engine, _ = ranks.accelerator.prepare(model, optimizer)
-        for module in needless_in_backward(model):
+        for module in model.needless_in_backward():
             spare_backward_gathers(module)
         self.model = model
         self.timer = PartTimer(ranks.device)
