@@ -151,7 +151,12 @@ def main() -> int:
 
     agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-    engine.on_progress = watchdog.count
+
+    def advanced() -> None:
+        watchdog.count()
+        log.advanced()
+
+    engine.on_progress = advanced
 
     def checkpoint(step: int) -> None:
         state = RunState.of(
