@@ -27,6 +27,9 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): set VmHWM to the present VmRSS; touches nothing else
 _SAMPLE_SECONDS = 0.005
+# What a process may come to hold more before its freed memory is looked for: a decoder layer frees about as much, and
+# looking takes a millisecond or two.
+_GROWTH = 2**23
 
 
 def gib(size: int) -> str:
@@ -105,6 +108,14 @@ class MemoryMeter:
         """
         self._probe.settle()
 
+    def settle_if_grown(self) -> None:
+        """To be called often within a step, where little is in use: what its layers freed is not kept beside what the
+        next ones need, which may not fit into it.
+
+        Costs nothing to speak of while no more is held than before.
+        """
+        self._probe.settle_if_grown()
+
     def peak_so_far_bytes(self) -> int:
         """Peak above the baseline of the phase that is open, up to now; 0 outside any phase."""
         if not self._open:
@@ -182,7 +193,7 @@ def _greater(a: int | None, b: int | None) -> int | None:
 
 # ---- Where the numbers come from. A probe has: source; now(), bytes held; start(), which forgets the peak so far;
 # peak(), bytes since start(); stop(), the same and no more measuring; settle(), which gives back what was freed;
-# details(), further fields of PhasePeak.
+# settle_if_grown(), which does where more is held than after the last time; details(), further fields of PhasePeak.
 
 
 def _probe(device: torch.device) -> "_CudaAllocator | _HighWaterMark | _SampledHost":
@@ -226,13 +237,29 @@ class _CudaAllocator:
     stop = peak
 
     def settle(self) -> None:
-        pass
+        """The allocator finds an equal block again."""
+
+    settle_if_grown = settle
 
     def details(self) -> dict[str, int]:
         return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}
 
 
-class _HighWaterMark:
+class _Host:
+    """Gives back what the C library keeps of freed memory."""
+
+    _settled_bytes = 0
+
+    def settle(self) -> None:
+        return_freed_memory()
+        self._settled_bytes = self.now()
+
+    def settle_if_grown(self) -> None:
+        if self.now() > self._settled_bytes + _GROWTH:
+            self.settle()
+
+
+class _HighWaterMark(_Host):
     """Resident bytes of this process; the kernel keeps the peak, so no spike is missed, however short.
 
     Exact to some pages a core: the kernel sums its counters in batches.
@@ -250,16 +277,13 @@ class _HighWaterMark:
         return _host_status()["VmHWM"]
 
     stop = peak
-    settle = staticmethod(return_freed_memory)
 
     def details(self) -> dict[str, int]:
         return _host_details()
 
 
-class _SampledHost:
+class _SampledHost(_Host):
     """Resident bytes of this process, sampled by a thread while a phase is open: short spikes can be missed."""
-
-    settle = staticmethod(return_freed_memory)
 
     def __init__(self, read: Callable[[], int], what: str, details: Callable[[], dict[str, int]]):
         self.source = f"{what}, sampled every {_SAMPLE_SECONDS * 1000:.0f} ms: short spikes are missed"

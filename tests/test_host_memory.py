@@ -19,11 +19,17 @@ def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/statu
 
 
 def kib_printed(code: str, **environment: str) -> int:
+    """The one number that `code` prints."""
+    [number] = kibs_printed(code, **environment)
+    return number
+
+
+def kibs_printed(code: str, **environment: str) -> list[int]:
     """What `code`, run in a process of its own where nothing else frees, prints."""
     free = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     command = [sys.executable, "-c", BEGIN + code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=free | environment)
-    return int(done.stdout)
+    return [int(number) for number in done.stdout.split()]
 
 
 @GLIBC
@@ -35,6 +41,25 @@ del blocks[::2]
 before = resident(); return_freed_memory(); print(before - resident())
 """)
     assert 24 * MIB < returned < 40 * MIB  # of 32
+
+
+@GLIBC
+def test_what_a_step_frees_is_returned_once_more_is_held_than_before():
+    """Of 80 MiB in blocks of 64 KiB every second one is freed; and then of 5, which is not looked for."""
+    before, after, later = kibs_printed("""
+import torch; from lorasp.memory import MemoryMeter
+meter = MemoryMeter("cpu")
+with meter.phase("work"):
+    meter.settle()
+    blocks = [torch.ones(16_384) for _ in range(1280)]
+    del blocks[::2]
+    print(resident()); meter.settle_if_grown(); print(resident())
+    more = [torch.ones(16_384) for _ in range(80)]
+    del more[::2]
+    meter.settle_if_grown(); print(resident())
+""")
+    assert 30 * MIB < before - after < 50 * MIB  # of 40
+    assert later - after > 4 * MIB
 
 
 # Blocks of 3 MiB are in glibc's heap once a larger one was freed; the small ones keep it from shrinking.

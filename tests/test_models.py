@@ -12,9 +12,10 @@ from lorasp.accounting import count_flops, count_parameters
 from lorasp.adapter import AdaptedLinear
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
+from lorasp.live_tensors import LiveTensors
 from lorasp.models import build as build_module
 from lorasp.models.build import build_on_meta, filled_units, units
-from lorasp.models.causal_lm import Head
+from lorasp.models.causal_lm import CHUNK_ROWS, Head
 from lorasp.models.weights import Checkpoint, load_config
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe, RecipeError
@@ -168,6 +169,19 @@ def test_head_sums_and_scales_in_fp32_when_it_computes_in_bf16(rows):
     # At random, so that the whole is as long as it should be; rounded logits lengthen it by their variance, 4e-4 here.
     scale = (hidden.grad.float() * wide[0].grad).sum() / wide[0].grad.square().sum()
     assert scale.item() == pytest.approx(1, abs=8e-4)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_a_logit"), [(torch.float32, 4), (torch.bfloat16, 2 + 4)])
+def test_head_holds_the_logits_of_one_chunk(dtype, bytes_of_a_logit):
+    """In bf16 in fp32 as well, for the softmax. Of five chunks, the last half full."""
+    vocabulary, rows = 5_000, 4 * CHUNK_ROWS + CHUNK_ROWS // 2
+    head = Head(torch.nn.Parameter(torch.randn(vocabulary, 8, dtype=dtype), requires_grad=False), None)
+    hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocabulary, (rows,))
+    with LiveTensors() as live:
+        head(hidden, labels)
+    chunk = CHUNK_ROWS * vocabulary * bytes_of_a_logit
+    assert chunk < live.peak_bytes < 1.1 * chunk + 2 * hidden.nbytes
 
 
 def test_head_without_a_label_gives_a_loss_of_zero_that_still_has_a_gradient():

@@ -70,6 +70,13 @@ def _softmax_minus_onehot(logits: Tensor, targets: Tensor) -> Tensor:
     return (sums.log() - of_labels).sum()
 
 
+def _linear_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(rows, weight, bias)`, by the same kernels, in `out`."""
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Σ over rows of the cross entropy of hidden·Wᵀ + b, chunk by chunk; the gradients are made in forward.
 
@@ -89,21 +96,24 @@ class _CrossEntropySum(torch.autograd.Function):
         # Summed over chunks, where bf16 would lose small ones.
         grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+        # Every chunk's in one buffer: new memory of this size would come filled with zeros, each time.
+        buffer = hidden.new_empty(min(CHUNK_ROWS, len(labels)), len(weight))
         for start in range(0, len(labels), CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
             rows = hidden[chunk]
-            grad = F.linear(rows, weight, bias).to(wide)
+            made = _linear_into(buffer[: len(rows)], rows, weight, bias)
+            grad = made.to(wide)
             # A few rows at a time: all passes over them find them in the cache.
             for logits, targets in zip(grad.split(_CACHED_ROWS), labels[chunk].split(_CACHED_ROWS), strict=True):
                 total += _softmax_minus_onehot(logits, targets.unsqueeze(1))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
+            grad = made.copy_(grad)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 grad_weight += grad.t() @ rows
-            del grad  # before the next chunk's are made
+            del logits  # a view, which would keep what is wider than the buffer until the next chunk's is made
         # Values, not outputs: nothing of these refers back to the graph.
         ctx.grads = [
             None if grad is None else grad.to(tensor.dtype)

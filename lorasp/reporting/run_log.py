@@ -185,6 +185,10 @@ class RunLog:
         self._meter.settle()
         self._first_step.close()  # once
 
+    def advanced(self) -> None:
+        """To be called before each unit of the model is gathered."""
+        self._meter.settle_if_grown()
+
     def trained(self, point: LogPoint) -> None:
         """A log point of the training loop. Collective."""
         self._mark()
