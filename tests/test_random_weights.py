@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+import transformers
 
 from lorasp.data.random_tokens import random_tokens
 from lorasp.models.build import build_on_meta, filled_units
@@ -25,7 +25,7 @@ TINY = {
     "vocab_size": 300,
     "initializer_range": 0.05,
 }
-# Of the papers and model cards, biases apart: LLaMA (arXiv 2302.13971) and Llama 2.
+# Of the papers and model cards: LLaMA (arXiv 2302.13971), Llama 2, RoBERTa (with the head that it is pretrained with).
 PARAMETERS = {
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
@@ -34,6 +34,8 @@ PARAMETERS = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
 }
 
 
@@ -49,7 +51,7 @@ def test_a_named_shape_has_the_parameters_of_the_published_model(name):
     settings = Model(path=name, weights="random")
     config = load_config(locate_model(settings), settings)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = getattr(transformers, config.architectures[0])(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
