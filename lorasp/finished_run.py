@@ -124,6 +124,11 @@ def read_run(directory: str | Path) -> FinishedRun:
     if not directory.is_dir():
         raise RecipeError(f"{directory} is no directory; give that of a run, such as runs/quickstart")
     report, recipe = _read_report(directory)
+    if recipe.kind == "translation":
+        raise RecipeError(
+            f"{directory}: it was trained to translate (task {recipe.task}), and only causal language models are "
+            f"exported or asked here; launch/evaluate.py scores it, with adapter.init_from"
+        )
     if recipe.model.weights == "random":
         raise RecipeError(f"{directory}: it trained random weights (model.weights), which are no use elsewhere")
     if recipe.method == "full":
