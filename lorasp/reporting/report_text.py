@@ -65,6 +65,7 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
             1, f"**The run {_inline(' '.join(report['status'].split()))}.** What follows is what it reached."
         )
     sections += _metrics_section(report["metrics"])
+    sections += _translations_section(report.get("reported", {}))
     sections.append(pictures.get("loss", ""))
     sections += _mmlu_section(report.get("mmlu"))
     sections += _lm_eval_section(report.get("lm_eval"))
@@ -134,6 +135,16 @@ def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
         cells = ("–" if value is None else _number(value * scale) for value in (before, after))
         rows.append((label, *cells))
     return ["## Results", _table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+
+
+def _translations_section(reported: Mapping[str, Any]) -> list[str]:
+    if "bleu_signature" not in reported:
+        return []
+    return [
+        f"BLEU is sacrebleu's, `{reported['bleu_signature']}`, of {reported['count']:,} sentences; ROUGE is "
+        f"rouge-score's mean F1 in %, without stemming, which cuts words at letters outside a to z. The translations "
+        f"are in `translations.txt`."
+    ]
 
 
 def _mmlu_section(mmlu: Mapping[str, Any] | None) -> list[str]:
