@@ -18,7 +18,7 @@ _ROWS = 3
 def main() -> int:
     recipe = recipe_from_command_line(__doc__)
     if recipe.kind != "causal_lm":
-        raise RecipeError(f"task: only rows of task causal_lm are shown, and this recipe's is {recipe.task}")
+        raise RecipeError(f"task: what is shown are rows of instruction data, and task {recipe.task} has its own")
 
     from rich.console import Console
 

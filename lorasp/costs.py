@@ -12,8 +12,8 @@ from typing import Self
 import numpy as np
 
 from lorasp.accounting import count_flops
+from lorasp.models.causal_lm import CausalLM
 from lorasp.models.gathers import gathered_bytes, unit_gathers
-from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 
 
@@ -35,7 +35,7 @@ class Work:
     units: float
 
 
-def count_work(model: TaskModel, *, rows: int, length: int, world_size: int) -> Work:
+def count_work(model: CausalLM, *, rows: int, length: int, world_size: int) -> Work:
     """Of `rows` examples of `length` tokens on each rank, each token but the first a label. model: on meta will do."""
     config = model.model.config.get_text_config()
     flops, tokens = count_flops(model), rows * length

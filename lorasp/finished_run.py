@@ -33,6 +33,14 @@ class FinishedRun:
     def quantized(self) -> bool:
         return self.recipe.quantization.format != "none"
 
+    def refuse_unless_causal_lm(self, what: str) -> None:
+        """Raises RecipeError for a run of another task. what: that cannot be done with it."""
+        if self.recipe.kind != "causal_lm":
+            raise RecipeError(
+                f"{self.directory}: it learned task {self.recipe.task}, and {what} is of causal language models; "
+                f"launch/evaluate.py scores it, and method: full leaves model/, which transformers loads"
+            )
+
     @property
     def prompt_format(self) -> str:
         """What a prompt was put into: "alpaca" or "short" of Alpaca's rows, "chat" for the tokenizer's own template,
@@ -124,11 +132,6 @@ def read_run(directory: str | Path) -> FinishedRun:
     if not directory.is_dir():
         raise RecipeError(f"{directory} is no directory; give that of a run, such as runs/quickstart")
     report, recipe = _read_report(directory)
-    if recipe.kind == "translation":
-        raise RecipeError(
-            f"{directory}: it was trained to translate (task {recipe.task}), and only causal language models are "
-            f"exported or asked here; launch/evaluate.py scores it, with adapter.init_from"
-        )
     if recipe.model.weights == "random":
         raise RecipeError(f"{directory}: it trained random weights (model.weights), which are no use elsewhere")
     if recipe.method == "full":

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lorasp.data import glue
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
+from lorasp.glue import GLUE
 from lorasp.memory import GATHERED_AT_ONCE, gib
 from lorasp.models.gathers import gathered_bytes
 from lorasp.models.task_model import TaskModel
@@ -65,7 +67,7 @@ def plan(
     traces: Traces | None = None,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
-    tokens, all of them labelled.
+    tokens, all of them labelled (of a classifier, each row once).
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
     DeepSpeed configuration that keeps a set of shards in each node. traces: shared by plans of one model, method and
@@ -74,9 +76,7 @@ def plan(
     """
     if recipe.kind == "translation":
         raise NoPlan("T5's encoder and decoder are layers of two kinds, and a plan knows one")
-    if batch is None:
-        rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
-        batch = collate(rows, range(len(rows)))
+    batch = _full_batch(recipe) if batch is None else batch
     base_whole = keeps_base_whole(recipe.deepspeed.config)
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
     activations_away = device != "cpu" and recipe.training.offload_activations
@@ -114,6 +114,14 @@ def plan(
     return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save}, received)
 
 
+def _full_batch(recipe: Recipe) -> Batch | glue.GlueBatch:
+    length, count = recipe.data.max_length, recipe.training.micro_batch_size
+    if recipe.kind == "classification":
+        rows = [glue.GlueExample((0,) * length, (0,) * length, 0)] * count
+        return glue.collate(rows, range(count), is_regression=GLUE[recipe.task].is_regression)
+    return collate([Example((0,) * length, prompt_length=1)] * count, range(count))
+
+
 def with_whole_base(recipe: Recipe) -> Recipe:
     """The same run with ZeRO's stage 2, which gathers nothing of the base, as every rank holds all of it."""
     config = str(DS_CONFIGS / "zero2.json")
@@ -130,7 +138,8 @@ def as_method(recipe: Recipe, method: str) -> Recipe:
         del tree["quantization"]  # it says none, as full fine-tuning must
     if method != "lorasp":
         tree.pop("selection", None)
-        tree.get("adapter", {}).pop("frozen_entries", None)
+        for key in ("frozen_entries", "head"):
+            tree.get("adapter", {}).pop(key, None)
     if method == "full":
         for section in ("adapter", "quantization"):
             tree.pop(section, None)

@@ -260,7 +260,7 @@ class _ProjectionFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, module: ShardedLinear, seed: DropoutSeeds | None, *trained: Tensor) -> Tensor:
         ctx.module, ctx.seed, ctx.shape = module, seed, x.shape
         ctx.save_for_backward(x if module.needs_input else None)
-        return module.project(x.reshape(-1, x.shape[-1]), seed).view(*x.shape[:-1], -1)
+        return module.project(x.reshape(-1, x.shape[-1]), seed).view(*x.shape[:-1], module.out_features)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

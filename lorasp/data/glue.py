@@ -244,12 +244,9 @@ def _of_directory(task: GlueTask, recipe: Recipe, file: str, split: str) -> tupl
         names = lines.pop(0)[1]
         missing = [column for column in (*task.sentences, task.label) if column not in names]
         if missing:
-            pair = (
-                f"pairs {' and '.join(task.sentences)}" if len(task.sentences) == 2 else f"reads {task.sentences[0]}"
-            )
             raise RecipeError(
-                f"{path}: line 1 has no column {missing[0]!r}: task {recipe.task} {pair}, with {task.label}; there "
-                f"are {', '.join(names[:12])}"
+                f"{path}: line 1 names no column {missing[0]!r}; task {recipe.task} reads "
+                f"{' and '.join(task.sentences)}, with {task.label}, and there are {', '.join(names[:12])}"
             )
         places, count = [names.index(column) for column in (*task.sentences, task.label)], len(names)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorasp.models.kept_states import KeptStates
-from lorasp.models.task_model import TaskModel
+from lorasp.models.task_model import ENCODERS, TaskModel
 from lorasp.recipe import Recipe, RecipeError
 
 # Settings by which some architectures change the logits behind the head's back.
@@ -135,10 +135,10 @@ class CausalLM(TaskModel):
 
     @classmethod
     def configured(cls, config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
-        if not getattr(config, "is_decoder", True):  # a BERT would be built, and attend to what it is to predict
+        if config.model_type in ENCODERS and not config.is_decoder:  # transformers would build it all the same
             raise RecipeError(
-                f"model.path: {config.model_type} is no {cls.is_called} here (it sees what comes after a token); give "
-                f"a decoder, or name the task that it is to learn (task)"
+                f"model.path: {config.model_type} is no {cls.is_called}: it sees what it would have to predict; give "
+                f"a decoder, or name the task that it is to learn (task: rte)"
             )
         for setting in _UNSUPPORTED_LOGITS:
             if getattr(config, setting, None) not in (None, 1.0):

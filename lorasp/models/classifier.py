@@ -11,12 +11,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from lorasp.dropout import ExampleDropout
 from lorasp.glue import GLUE
 from lorasp.models.encoder_weights import EncoderCheckpoint
-from lorasp.models.task_model import TaskModel
+from lorasp.models.task_model import ENCODERS, TaskModel
 from lorasp.models.weights import Checkpoint
 from lorasp.recipe import Recipe, RecipeError
-
-# model_type -> the encoder's name in the classifier.
-_FAMILIES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
 
 
 class SequenceClassifier(TaskModel):
@@ -45,9 +42,9 @@ class SequenceClassifier(TaskModel):
 
     @classmethod
     def configured(cls, config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
-        if config.model_type not in _FAMILIES or getattr(config, "is_decoder", False):
+        if config.model_type not in ENCODERS or getattr(config, "is_decoder", False):
             raise RecipeError(
-                f"model.path: task {recipe.task} needs an encoder ({', '.join(_FAMILIES)}), and this is a "
+                f"model.path: task {recipe.task} needs an encoder ({', '.join(ENCODERS)}), and this is a "
                 f"{config.model_type}; give one, or another task"
             )
         longest = config.max_position_embeddings - (0 if config.model_type == "bert" else config.pad_token_id + 1)
@@ -61,7 +58,7 @@ class SequenceClassifier(TaskModel):
 
     @classmethod
     def open(cls, directory: Path, config: PreTrainedConfig, recipe: Recipe) -> Checkpoint:
-        prefix = _FAMILIES[config.model_type]
+        prefix = ENCODERS[config.model_type]
         return EncoderCheckpoint(directory, config, recipe.seed, prefix=prefix, head=cls._head(config.model_type))
 
     @staticmethod

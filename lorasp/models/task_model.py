@@ -16,6 +16,9 @@ from lorasp.dropout import ExamplesAtHand
 from lorasp.models.weights import Checkpoint
 from lorasp.recipe import Recipe
 
+# model_type -> the name that the encoder has in transformers' classifiers of it.
+ENCODERS = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
+
 
 class TaskModel(nn.Module, ABC):
     """Its forward takes what `model_inputs` of its task's batches give, and returns the batch's summed loss; with

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lorasp.memory import NOT_RESIDENT, WORKSPACE
+from lorasp.reporting.report_text import loss_unit
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _GREY = "#9A9A9A"
@@ -108,7 +109,11 @@ def _loss(report: Mapping[str, Any]) -> Figure | None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 100 * min(values) else "")
-    axes.set(title="Loss", xlabel="optimizer step", ylabel="nats a labelled token")
+    axes.set(
+        title="Loss",
+        xlabel="optimizer step",
+        ylabel=loss_unit(report.get("recipe", {})).replace("a token", "a labelled token"),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from lorasp.glue import GLUE
 from lorasp.memory import NOT_RESIDENT, WORKSPACE, gib, mib
 from lorasp.reporting.mmlu_text import mmlu_note, mmlu_rows
 
@@ -64,7 +65,8 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
         sections.insert(
             1, f"**The run {_inline(' '.join(report['status'].split()))}.** What follows is what it reached."
         )
-    sections += _metrics_section(report["metrics"])
+    sections += _metrics_section(report["metrics"], loss_unit(report["recipe"]))
+    sections += _splits_section(report)
     sections += _translations_section(report.get("reported", {}))
     sections.append(pictures.get("loss", ""))
     sections += _mmlu_section(report.get("mmlu"))
@@ -90,6 +92,11 @@ def _headline(report: Mapping[str, Any]) -> str:
         if after is not None:
             values = (f"{value * scale:.{places}f}{unit}" for value in (before, after) if value is not None)
             parts.append(f"{text} {' → '.join(values)}")
+    reported = report.get("reported", {})
+    if "majority" in reported:
+        name = reported["metric"]
+        values = (f"{metrics[key]:.3f}" for key in (f"{name}_before", f"{name}_after") if metrics.get(key) is not None)
+        parts.insert(0, f"{name} {' → '.join(values)}")
     return ", ".join(parts) or report["status"].partition(":")[0]
 
 
@@ -123,7 +130,38 @@ def _parameters_line(parameters: Mapping[str, int]) -> str:
     )
 
 
-def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
+def loss_unit(recipe: Mapping[str, Any]) -> str:
+    """What the loss of the recipe's task is counted in."""
+    task = recipe.get("task", "causal_lm")
+    if task not in GLUE:
+        return "nats a token"
+    return "squared error" if GLUE[task].is_regression else "nats a row"
+
+
+def _splits_section(report: Mapping[str, Any]) -> list[str]:
+    """Of a classifier: each set that was scored, beside who always answers the same. A text's are above already."""
+    rows = [
+        (
+            _words(name),
+            f"**{metric}**" if metric == split["metric"] else _words(metric),
+            _number(value),
+            _number(split["majority"].get(metric)),
+            f"{split['count']:,}",
+        )
+        for name in ("selection", *(name for name in report if name.startswith("reported")))
+        for split in [report.get(name, {})]
+        if "majority" in split
+        for metric, value in split["metrics"].items()
+    ]
+    if not rows:
+        return []
+    told = "The majority answers every row with the commonest label of the training rows (scores: with their mean)."
+    if "selection" in report:
+        told += " Settings are to be chosen on the selection rows, which are of train and were not trained."
+    return ["## Scores", told, _table(("rows", "metric", "score", "majority's", "count"), rows, "llrrr")]
+
+
+def _metrics_section(metrics: Mapping[str, float | None], loss_unit: str) -> list[str]:
     names = dict.fromkeys(name.removesuffix("_before").removesuffix("_after") for name in metrics)
     rows = []
     for name in names:
@@ -132,6 +170,7 @@ def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
         else:
             before, after = None, metrics[name]
         label, scale = _label(name)
+        label = label.replace("nats a token", loss_unit)
         cells = ("–" if value is None else _number(value * scale) for value in (before, after))
         rows.append((label, *cells))
     return ["## Results", _table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
