@@ -25,7 +25,7 @@ TINY = {
     "vocab_size": 300,
     "initializer_range": 0.05,
 }
-# Of the papers and model cards, biases apart: LLaMA (arXiv 2302.13971) and Llama 2.
+# Of the papers and model cards: LLaMA (arXiv 2302.13971), Llama 2, RoBERTa (with the head that it is pretrained with).
 PARAMETERS = {
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
