@@ -158,7 +158,7 @@ def _splits_section(report: Mapping[str, Any]) -> list[str]:
     told = "The majority answers every row with the commonest label of the training rows (scores: with their mean)."
     if "selection" in report:
         told += " Settings are to be chosen on the selection rows, which are of train and were not trained."
-    return ["## Scores", told, _table(("rows", "metric", "score", "majority's", "count"), rows, "llrrr")]
+    return ["## Scores", told, table(("rows", "metric", "score", "majority's", "count"), rows, "llrrr")]
 
 
 def _metrics_section(metrics: Mapping[str, float | None], loss_unit: str) -> list[str]:
