@@ -84,7 +84,7 @@ def main() -> int:
         log.scored(step, held_out)
     agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-    engine.on_progress = watchdog.count
+    engine.on_progress = [watchdog.count, log.advanced]
     if mmlu is not None:
         with log.phase("evaluate_mmlu"), watchdog.watching():
             found = score_mmlu(

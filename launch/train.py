@@ -151,12 +151,7 @@ def main() -> int:
 
     agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-
-    def advanced() -> None:
-        watchdog.count()
-        log.advanced()
-
-    engine.on_progress = advanced
+    engine.on_progress = [watchdog.count, log.advanced]
 
     def checkpoint(step: int) -> None:
         state = RunState.of(
