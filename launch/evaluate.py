@@ -75,7 +75,7 @@ def main() -> int:
     clear_run_directory(run_dir, ranks)  # an earlier evaluation's
 
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-    engine.on_progress = watchdog.count
+    engine.on_progress = [watchdog.count, log.advanced]
     agreement = Agreement(on_progress=watchdog.count)
     step = loaded.start.step if loaded.start else 0
     samples = data.samples(recipe.evaluation.samples) if data else []

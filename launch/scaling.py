@@ -118,7 +118,7 @@ def _settings(ranks: list[int]) -> list[Setting]:
 
 
 def _memory_settings() -> list[Setting]:
-    """Large enough for what a process holds besides tensors, some 50 MiB, to be little of it."""
+    """Large enough for what a process holds besides tensors, some 25 MiB, to be little of it."""
     small = Setting(shape="SmolLM2", layers=30, rows=4)
     wide = Setting(shape="LLaMA-7B's width", layers=4, rows=1, length=128)
     varied = [small]

@@ -151,12 +151,7 @@ def main() -> int:
         log.console.info(f"saved {path} at step {step}")
 
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-
-    def advanced() -> None:
-        watchdog.count()
-        log.advanced()
-
-    engine.on_progress = advanced
+    engine.on_progress = [watchdog.count, log.advanced]
     agreement = Agreement(on_progress=watchdog.count)
 
     def checkpoint(step: int) -> None:

@@ -27,9 +27,9 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): set VmHWM to the present VmRSS; touches nothing else
 _SAMPLE_SECONDS = 0.005
-# What a process may come to hold more before its freed memory is looked for: a decoder layer frees about as much, and
+# What a process may come to hold more before its freed memory is looked for: a decoder layer frees more than that, and
 # looking takes a millisecond or two.
-_GROWTH = 2**23
+_GROWTH = 2**22
 
 
 def gib(size: int) -> str:

@@ -45,7 +45,7 @@ before = resident(); return_freed_memory(); print(before - resident())
 
 @GLIBC
 def test_what_a_step_frees_is_returned_once_more_is_held_than_before():
-    """Of 80 MiB in blocks of 64 KiB every second one is freed; and then of 5, which is not looked for."""
+    """Of 80 MiB in blocks of 64 KiB every second one is freed; and then of 3, which is not looked for."""
     before, after, later = kibs_printed("""
 import torch; from lorasp.memory import MemoryMeter
 meter = MemoryMeter("cpu")
@@ -54,12 +54,12 @@ with meter.phase("work"):
     blocks = [torch.ones(16_384) for _ in range(1280)]
     del blocks[::2]
     print(resident()); meter.settle_if_grown(); print(resident())
-    more = [torch.ones(16_384) for _ in range(80)]
+    more = [torch.ones(16_384) for _ in range(48)]
     del more[::2]
     meter.settle_if_grown(); print(resident())
 """)
     assert 30 * MIB < before - after < 50 * MIB  # of 40
-    assert later - after > 4 * MIB
+    assert later - after > 2.5 * MIB
 
 
 # Blocks of 3 MiB are in glibc's heap once a larger one was freed; the small ones keep it from shrinking.

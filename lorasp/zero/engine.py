@@ -49,8 +49,8 @@ class Engine:
             spare_backward_gathers(module)
         self.model = model
         self.timer = PartTimer(ranks.device)
-        # Called before each gather of a unit, reduction and update, in the same order on each rank.
-        self.on_progress: Callable[[], None] = lambda: None
+        # Each called before each gather of a unit, reduction and update, in the same order on each rank.
+        self.on_progress: list[Callable[[], None]] = []
         self._time_parts()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [[(names[id(parameter)], parameter) for parameter in group] for group in self._zero.fp16_groups]
@@ -73,7 +73,8 @@ class Engine:
     def _counted(self, function: Callable) -> Callable:
         @wraps(function)
         def call(*args, **kwargs):
-            self.on_progress()
+            for progressed in self.on_progress:
+                progressed()
             return function(*args, **kwargs)
 
         return call
