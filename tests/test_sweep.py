@@ -255,6 +255,32 @@ def test_listing_and_slurms_arguments_come_from_the_script_without_importing_tor
     )
 
 
+def test_a_slurm_array_hands_each_run_to_the_job_script_of_training(write, tmp_path):
+    """With a stand-in for that script: spaces in a setting, and a run that has ended."""
+    write(SWEEP.replace("[64]", "[64]\n  data.train: ['my data']"))
+    (tmp_path / "launch" / "slurm").mkdir(parents=True)
+    (tmp_path / "launch" / "sweep.py").symlink_to(ROOT / "launch" / "sweep.py")
+    (tmp_path / "launch" / "slurm" / "train.sbatch").write_text('printf "<%s>" "$@"')
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    script = str(ROOT / "launch" / "slurm" / "sweep.sbatch")
+    end(candidates(read_sweep("s.yaml"))[0], 2.0)
+
+    def job(index: int) -> subprocess.CompletedProcess:
+        array = environment | {"SLURM_ARRAY_TASK_ID": str(index)}
+        return subprocess.run(["bash", script, "s.yaml"], capture_output=True, text=True, env=array)
+
+    assert job(1).stdout.startswith(
+        "<tiny.yaml><data.max_length=64><data.train=my data><data.held_out.skip=200><seed=0>"
+    )
+    assert job(0).stdout == "run 0 has ended already\n"
+    waits = job(6)
+    assert waits.returncode == 2 and "waits for the learning rate of lorasp-max_length64-my_data" in waits.stderr
+
+
 def test_the_scripts_own_modules_import_nothing_heavy(write):
     """A sweep waits for hours beside runs that need the memory."""
     modules = "cells, choice, definition, launching, outcome"

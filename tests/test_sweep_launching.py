@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lorasp.sweep.cells import candidates, final_cells
+from lorasp.sweep.definition import read_sweep
 from lorasp.sweep.launching import LOG, Busy, Launcher, last_words
+from tests.comparisons import finished_run, split
 
 ROOT = Path(__file__).parents[1]
 # Its launcher is gone at SIGTERM before its rank is, as accelerate's is where one process needs no agent.
@@ -123,6 +127,62 @@ def test_a_run_that_another_process_is_at_is_left_to_it_even_when_its_sweep_was_
     out, _ = second.communicate(timeout=30)
     assert second.returncode == 1 and "1/1 seed1: another process is at it" in out and is_alive(rank)
     os.kill(rank, signal.SIGKILL)
+
+
+def test_two_stages_in_one_start_and_nothing_is_run_twice(tmp_path, monkeypatch):
+    """Trained by copying reports made beforehand: 3 rates, of which one diverges, then the best with both seeds."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text("task: rte\nmodel: {path: some/model}\ndata: {train: ., selection: 0.1}\n")
+    choose = "choose: {learning_rates: [1e-4, 1e-3, 1e-2]}"
+    Path("s.yaml").write_text(
+        f"recipe: tiny.yaml\nvariants: {{a: {{}}, b: {{method: lora}}}}\nseeds: [0, 1]\n{choose}\n"
+    )
+    Path("stand_in.py").write_text(
+        "import shutil, sys\nsettings = dict(argument.split('=', 1) for argument in sys.argv[2:])\n"
+        "place = f\"{settings['output_dir']}/{settings['name']}/report.json\"\n"
+        "shutil.copy('made/' + place, place)\n"
+    )
+    Path("driver.py").write_text(DRIVER.replace("{script}", str(ROOT / "launch" / "sweep.py")))
+    sweep = read_sweep("s.yaml")
+    scores = {1e-4: 0.6, 1e-3: 0.7, 1e-2: 0.9}  # by the selection rows; by those reported the first is the best
+    for cell in [*candidates(sweep), *final_cells(sweep, {"a": 1e-3})]:
+        if cell.is_chosen and cell.group == "a":
+            rate = cell.learning_rate
+            finished_run(
+                Path("made") / cell.run_dir,
+                cell.recipe,
+                selection=split("accuracy", scores[rate]),
+                reported=split("accuracy", 1 - scores[rate]),
+                status="stopped: the loss became NaN at step 3" if rate == 1e-2 else "finished",
+            )
+
+    def start_sweep() -> tuple[int, list[str]]:
+        command = [sys.executable, "driver.py", "s.yaml"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        return done.returncode, [re.sub(r" in \d+ s", " in T s", line) for line in done.stdout.splitlines()]
+
+    code, lines = start_sweep()
+    assert code == 1  # b's reports are not there: each of its runs fails
+    assert [line for line in lines if "starts" not in line and "failed" not in line] == [
+        "1/6 a-lr0.0001-seed0: finished in T s, selection accuracy 0.6",
+        "2/6 a-lr0.001-seed0: finished in T s, selection accuracy 0.7",
+        "3/6 a-lr0.01-seed0: stopped: the loss became NaN at step 3 in T s, selection accuracy 0.9",
+        "chosen: a: 0.001 by selection accuracy (0.0001: 0.6, 0.001: 0.7, 0.01: none)",
+        "1/2 a-lr0.001-seed0: finished already",
+        "2/2 a-lr0.001-seed1: finished in T s, reported accuracy 0.3",
+        "3 runs have finished",
+        *(line for line in lines if line.startswith("not finished: b-lr")),
+        "not finished: b: its learning rate is not chosen, as b-lr0.0001-seed0 has not ended",
+    ]
+    assert sum(line.startswith("not finished: b-lr") for line in lines) == 3
+    _, again = start_sweep()
+    assert [line for line in again if " a-lr" in line] == [
+        "1/6 a-lr0.0001-seed0: finished already",
+        "2/6 a-lr0.001-seed0: finished already",
+        "3/6 a-lr0.01-seed0: stopped already",
+        "1/2 a-lr0.001-seed0: finished already",
+        "2/2 a-lr0.001-seed1: finished already",
+    ]
 
 
 def test_a_launch_that_is_not_there_is_told_and_the_log_keeps_all_starts(tmp_path):
