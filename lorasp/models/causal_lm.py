@@ -1,7 +1,5 @@
 """A Hugging Face decoder with a head that never returns the logits of a batch."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,15 +154,6 @@ class CausalLM(TaskModel):
                     f"model.path: {config.model_type} scales its logits ({setting}), which is not supported"
                 )
         return config
-
-    def label_modules(self) -> Iterator[nn.Module]:
-        yield self.model.get_output_embeddings()
-
-    def needless_in_backward(self) -> Iterator[nn.Module]:
-        """A frozen embedding, and a frozen head, whose gradients are made in forward."""
-        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            if not any(parameter.requires_grad for parameter in module.parameters()):
-                yield module
 
     def forward(
         self,

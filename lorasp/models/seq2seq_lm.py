@@ -33,19 +33,10 @@ class Seq2SeqLM(TaskModel):
             )
         return config
 
-    def label_modules(self) -> Iterator[nn.Module]:
-        yield self.model.get_output_embeddings()
-
     def target_modules(self) -> Iterator[nn.Module]:
         """The decoder but for what it reads of the source."""
         for name, module in self.model.decoder.named_modules():
             if not name.endswith(("EncDecAttention.k", "EncDecAttention.v")):
-                yield module
-
-    def needless_in_backward(self) -> Iterator[nn.Module]:
-        """The frozen table, and the frozen head, whose gradients are made in forward."""
-        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            if not any(parameter.requires_grad for parameter in module.parameters()):
                 yield module
 
     def forward(

@@ -59,17 +59,22 @@ class TaskModel(nn.Module, ABC):
         """Has the first layer's input carry a gradient: a ZeRO-3 leaf whose input has none fails in backward."""
         model.enable_input_require_grads()
 
-    @abstractmethod
     def label_modules(self) -> Iterator[nn.Module]:
-        """Modules that only labelled positions reach; whatever else has weights meets every token."""
+        """Modules that only labelled positions reach: of a language model, its head. All others meet every token."""
+        yield self.model.get_output_embeddings()
 
     def target_modules(self) -> Iterator[nn.Module]:
         """Modules that only targets reach, each of whose tokens is a label, where a source's reach all the others."""
         yield from ()
 
-    @abstractmethod
     def needless_in_backward(self) -> Iterator[nn.Module]:
-        """Modules with weights that no backward reads, so that nobody gathers them for it."""
+        """Modules with weights that no backward reads, so that nobody gathers them for it.
+
+        Of a language model, a frozen embedding, and a frozen head, whose gradients are made in forward.
+        """
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                yield module
 
     def hold(self, example_lengths: tuple[int, ...], example_keys: tuple[int, ...]) -> None:
         """The examples of the forward that begins; their dropout masks follow from the keys."""
