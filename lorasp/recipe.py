@@ -359,7 +359,8 @@ class Health(Section):
     # A rank that gathers, reduces and updates nothing for so long has stopped, and ends the run: see watchdog.py. One
     # layer's forward or backward must take less.
     hang_seconds: Count = 45
-    # A loss above it (nats a token) ends the run as NaN does; none: four times a uniform guess's, ln(vocabulary).
+    # A loss above it (nats a token) ends the run as NaN does; none: four times a uniform guess's, ln(vocabulary). Of a
+    # classifier, nats a row (20), or the squared error (100).
     max_loss: Positive | None = None
 
 

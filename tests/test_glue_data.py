@@ -93,6 +93,11 @@ def test_a_pair_becomes_what_the_tokenizer_makes_of_it(tmp_path):
     assert list(first.token_type_ids) == expected["token_type_ids"] == [0, 0, 0, 1, 1]
 
 
+def test_a_special_token_that_a_sentence_spells_is_text(tmp_path):
+    [example] = load(write(tmp_path, "sst2", rows=["oak [SEP] elm\t1"]), "sst2").train.examples
+    assert example.input_ids.count(3) == 1 and example.input_ids[-1] == 3
+
+
 def test_of_a_pair_that_is_too_long_the_longer_sentence_is_cut(tmp_path):
     root = write(tmp_path, "rte", rows=[f"0\t{'oak ' * 9}\telm fir\tentailment"])
     data = load(root, "rte", max_length=8)

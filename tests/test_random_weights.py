@@ -25,7 +25,7 @@ TINY = {
     "vocab_size": 300,
     "initializer_range": 0.05,
 }
-# Of the papers and model cards, biases apart: LLaMA (arXiv 2302.13971) and Llama 2.
+# Of the papers and model cards: LLaMA (arXiv 2302.13971), Llama 2, RoBERTa (with the head that it is pretrained with).
 PARAMETERS = {
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
@@ -34,6 +34,8 @@ PARAMETERS = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
+    "roberta-base": 124_697_433,  # arXiv 1907.11692's 125 M and 355 M, the head of pretraining included
+    "roberta-large": 355_412_057,
     "t5-small": 60_506_624,  # arXiv 1910.10683, as released: the head is the embedding
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,

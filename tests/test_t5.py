@@ -202,6 +202,20 @@ def test_a_unit_is_a_block_and_the_table_is_there_once(directories):
     assert torch.isfinite(loss)
 
 
+def test_a_checkpoint_that_holds_the_table_under_all_its_names_is_read(directories, tmp_path):
+    """As FLAN's on the hub do, and T5 1.0's a bias of the cross-attention that no version uses."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directories["t5_gated"] / "model.safetensors")
+    table = tensors["shared.weight"]
+    tensors |= {f"{stack}.embed_tokens.weight": table.clone() for stack in ("encoder", "decoder")}
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(8, 3)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((directories["t5_gated"] / "config.json").read_text())
+    inputs = collate_pairs(pairs(), [0, 1]).model_inputs("cpu")
+    assert torch.equal(build(tmp_path)(**inputs), build(directories["t5_gated"])(**inputs))
+
+
 def test_other_policies_fall_back_to_layer_and_say_why(directories):
     policy, reason = set_recomputation(build(directories["t5"]).model, "selective")
     assert policy == "layer" and "T5ForConditionalGeneration" in reason

@@ -205,7 +205,7 @@ def split_off(rows: list[GlueRow], share: float, source: str) -> tuple[list[Glue
     The seed has no part in it: runs of all seeds, methods and learning rates are chosen on the same rows.
     Raises RecipeError if either would be empty.
     """
-    keys = [stream_key("selection", row.content) for row in rows]
+    keys = [stream_key("selection", json.dumps(row.sentences)) for row in rows]
     wanted = round(len(rows) * share)
     last = sorted(keys)[max(0, wanted - 1)]
     train = [row for row, key in zip(rows, keys, strict=True) if key > last]
@@ -302,6 +302,7 @@ def _encode(
     """(examples, how many of them were cut). Of a pair that is too long, the longer sentence loses tokens first."""
     columns = [list(column) for column in zip(*(row.sentences for row in rows), strict=True)]
     how = {"return_token_type_ids": True, "return_attention_mask": False, "verbose": False}
+    how["split_special_tokens"] = True  # "[SEP]" in a sentence is text
     encoded = tokenizer(*columns, **how)
     examples, truncated = [], 0
     for index, row in enumerate(rows):

@@ -68,6 +68,7 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
         )
     sections += _metrics_section(report["metrics"], loss_unit(report["recipe"]))
     sections += _splits_section(report)
+    sections += _translations_section(report.get("reported", {}))
     sections.append(pictures.get("loss", ""))
     sections += _mmlu_section(report.get("mmlu"))
     sections += _lm_eval_section(report.get("lm_eval"))
@@ -174,6 +175,16 @@ def _metrics_section(metrics: Mapping[str, float | None], loss_unit: str) -> lis
         cells = ("–" if value is None else _number(value * scale) for value in (before, after))
         rows.append((label, *cells))
     return ["## Results", table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+
+
+def _translations_section(reported: Mapping[str, Any]) -> list[str]:
+    if "bleu_signature" not in reported:
+        return []
+    return [
+        f"BLEU is sacrebleu's, `{reported['bleu_signature']}`, of {reported['count']:,} sentences; ROUGE is "
+        f"rouge-score's mean F1 in %, without stemming, which cuts words at letters outside a to z. The translations "
+        f"are in `translations.txt`."
+    ]
 
 
 def _mmlu_section(mmlu: Mapping[str, Any] | None) -> list[str]:
