@@ -20,7 +20,7 @@ import yaml
 
 from lorasp.models.demo import convert_demo_model
 from lorasp.recipe_loading import load_recipe
-from lorasp.sweep.cells import check
+from lorasp.sweep.cells import candidates, check, final_cells
 from lorasp.sweep.definition import read_sweep
 from tests.distributed.commands import free_port
 from tests.distributed.launching import ROOT
@@ -192,7 +192,8 @@ def test_every_yaml_block_is_a_recipe_or_a_part_of_one(tmp_path):
         if "recipe" in (tree := yaml.safe_load(block)):
             sweeps = ROOT / "recipes" / "sweeps"  # from where the block names its recipe
             (tmp_path / "sweep.yaml").write_text(block.replace(tree["recipe"], str(sweeps / tree["recipe"])))
-            check(read_sweep(tmp_path / "sweep.yaml"), ranks=2)
+            sweep = read_sweep(tmp_path / "sweep.yaml")
+            check(candidates(sweep) + final_cells(sweep, {}), ranks=2)
             continue
         whole = {"model": {"path": "x"}, "data": {"train": "y"}} | tree
         (tmp_path / "block.yaml").write_text(yaml.safe_dump(whole))
