@@ -39,8 +39,8 @@ def main() -> int:
     launcher = Launcher(list(arguments), tell)
 
     # Every run's recipe, and what is there of other settings, before a minute is spent.
-    check(sweep, ranks_of(launcher.arguments))
     first, second = candidates(sweep), final_cells(sweep, _chosen_before(sweep))
+    check(first + second, ranks_of(launcher.arguments))
     for cell in first + second:
         find_outcome(cell.run_dir, cell.recipe)
     if options.list:

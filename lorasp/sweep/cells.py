@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,16 +112,16 @@ def groups(sweep: Sweep) -> list[str]:
     return [group for group, _ in _groups(sweep)]
 
 
-def check(sweep: Sweep, ranks: int | None) -> None:
+def check(cells: Sequence[Cell], ranks: int | None) -> None:
     """Loads the recipe of every run. ranks: of each run, where the launcher's arguments tell.
 
     Raises RecipeError with all faults, each once, with the first run that has it.
     """
     faults: dict[str, str] = {}
-    names: dict[Path, Cell] = {}
-    for cell in [*candidates(sweep), *final_cells(sweep, {})]:
-        if names.setdefault(cell.run_dir, cell) is not cell:
-            faults.setdefault(f"{sweep.path}: two runs would both be called {cell.name}; rename a variant", "")
+    names: dict[tuple[Path, bool], Cell] = {}  # a candidate of the chosen rate is the first of those that are reported
+    for cell in cells:
+        if names.setdefault((cell.run_dir, cell.is_candidate), cell) is not cell:
+            faults.setdefault(f"{cell.sweep.path}: two runs would both be called {cell.name}; rename a variant", "")
         try:
             if ranks is not None:
                 cell.recipe.accumulation(ranks)
