@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.lines import Line2D
@@ -17,41 +18,46 @@ _PAPERS = {"color": "black", "marker": "D", "markerfacecolor": "white", "markers
 
 
 def draw_table(number: int, rows: Sequence[Row], path: Path) -> None:
-    """Writes a panel a model: our means as bars, their sample deviation as whiskers, the paper's figures as marks.
-
-    A bar that is not there was not run. Colours are the methods', in the order of their first appearance.
+    """Writes a panel a model that was run: our means as bars, their sample deviation as whiskers, the paper's figures
+    as marks. A bar that is not there was not run. Without any run of ours the paper's figures stand alone.
     """
     columns = TABLES[number].columns
+    run = {row.model for row in rows if row.key} or {row.model for row in rows}
     by_model: dict[str, list[Row]] = {}
     for row in rows:
-        by_model.setdefault(row.model, []).append(row)
-    names = list(dict.fromkeys(_bar_name(row) for row in rows))
-    colours = dict(zip(names, [COLOURS[index % len(COLOURS)] for index in range(len(names))], strict=True))
+        if row.model in run:
+            by_model.setdefault(row.model, []).append(row)
+    names = dict.fromkeys(_name(row) for its in by_model.values() for row in its if row.key)
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     with matplotlib.rc_context(STYLE):
         figure, panels = new_figure(2.9 * len(by_model) + 0.6, nrows=len(by_model), squeeze=False)
         for (model, its), axes in zip(by_model.items(), panels[:, 0], strict=True):
-            width = _BARS / len(its)
-            lowest = 0.0
-            for place, row in enumerate(its):
-                for group, column in enumerate(columns):
-                    x = group - _BARS / 2 + (place + 0.5) * width
-                    if (value := row.score(column)) is not None:
-                        axes.bar(x, value.mean, 0.92 * width, yerr=value.deviation, color=colours[_bar_name(row)])
-                        lowest = min(lowest, value.mean)
-                    if row.paper is not None:
-                        axes.plot(
-                            x, row.paper.scores[column], "D", color="black", markerfacecolor="white", markersize=5
-                        )
-                        lowest = min(lowest, row.paper.scores[column])
+            _draw_model(axes, its, list(columns), colours)
             axes.set_xticks(range(len(columns)), columns.values())
-            axes.set_ylim(1.05 * lowest, None)
-            axes.grid(axis="x", visible=False)
+            axes.set_xlim(-0.5, len(columns) - 0.5)
             axes.set(title=model, ylabel="%")
+            axes.grid(axis="x", visible=False)
         handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
         mark = Line2D([], [], **_PAPERS, label="paper")
-        figure.legend(handles=[*handles, mark], loc="outside lower center", ncols=5)
+        figure.legend(handles=[*handles, mark], loc="outside lower center", ncols=4)
         save_figure(figure, path)
 
 
-def _bar_name(row: Row) -> str:
-    return METHODS[row.method] if row.paper else ", ".join(filter(None, (METHODS[row.method], row.key.details)))
+def _draw_model(axes: Any, rows: list[Row], columns: list[str], colours: dict[str, str]) -> None:
+    width = _BARS / len(rows)
+    lowest, highest = 0.0, 1.0
+    for place, row in enumerate(rows):
+        for group, column in enumerate(columns):
+            x = group - _BARS / 2 + (place + 0.5) * width
+            value, paper = row.score(column), row.paper.scores[column] if row.paper else None
+            if value is not None:
+                axes.bar(x, value.mean, 0.92 * width, yerr=value.deviation, color=colours[_name(row)])
+            if paper is not None:
+                axes.plot(x, paper, **_PAPERS)
+            shown = [its for its in (value and value.mean, paper) if its is not None]
+            lowest, highest = min([lowest, *shown]), max([highest, *shown])
+    axes.set_ylim(1.08 * lowest, 1.08 * highest)
+
+
+def _name(row: Row) -> str:
+    return ", ".join(filter(None, (METHODS[row.method], row.key.details)))
