@@ -28,6 +28,7 @@ def main() -> int:
     from lorasp.checkpoint import load_adapter, write_text_whole
     from lorasp.data.batches import training_batches
     from lorasp.evaluation.harness import check_harness, run_harness
+    from lorasp.models.build import call_within_layers
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
@@ -152,6 +153,7 @@ def main() -> int:
     agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
     engine.on_progress = [watchdog.count, log.advanced]
+    call_within_layers(loaded.model.model, log.advanced)
 
     def checkpoint(step: int) -> None:
         state = RunState.of(
