@@ -27,6 +27,7 @@ def main() -> int:
     from lorasp.checkpoint import load_adapter
     from lorasp.data.batches import training_batches
     from lorasp.evaluation.harness import check_harness, run_harness
+    from lorasp.models.build import call_within_layers
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
     from lorasp.rehearsal import rehearse_answers, rehearse_save, rehearse_step
@@ -153,6 +154,7 @@ def main() -> int:
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
     engine.on_progress = [watchdog.count, log.advanced]
     agreement = Agreement(on_progress=watchdog.count)
+    call_within_layers(loaded.model.model, log.advanced)
 
     def checkpoint(step: int) -> None:
         state = RunState.of(

@@ -88,6 +88,16 @@ def units(model: PreTrainedModel) -> Iterator[Unit]:
             yield Unit(f"{name}." if name else "", module)
 
 
+def call_within_layers(model: PreTrainedModel, function: Callable[[], None]) -> None:
+    """Has `function` called before each part of a layer (attention, MLP, norms) that runs as a module of its own.
+
+    A layer of autograd functions (recompute.py) has none.
+    """
+    for unit in units(model):
+        for part in unit.module.children():
+            part.register_forward_pre_hook(lambda *_: function())
+
+
 def fill_and_shard(
     model: TaskModel,
     checkpoint: Checkpoint,

@@ -186,7 +186,7 @@ class RunLog:
         self._first_step.close()  # once
 
     def advanced(self) -> None:
-        """To be called before each unit of the model is gathered."""
+        """To be called before each unit of the model is gathered, and within it where little is in use."""
         self._meter.settle_if_grown()
 
     def trained(self, point: LogPoint) -> None:
