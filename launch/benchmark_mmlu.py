@@ -2,12 +2,12 @@
 
 python launch/benchmark_mmlu.py
 python launch/benchmark_mmlu.py --subjects anatomy philosophy --limit 20 --rounds 3 --max-length 512
-python launch/benchmark_mmlu.py --ranks 2 --quantization nf4 --only-ours
+python launch/benchmark_mmlu.py --ranks 1 2 --quantization nf4 --only-ours
 
 Needs `pip install lm-eval==0.4.13` and MMLU's CSVs in $LORASP_DATA/mmlu (default: ../shared/data). Both score the same
 questions with SmolLM2-135M in fp32 on the same threads, unquantized; the harness by launch/peers/lm_eval_mmlu.py at
 batch 8, its best here. The seconds are those of reading, tokenizing and scoring, without loading the model. Ours are
-whole launches of launch/evaluate.py, whose `--ranks` share the threads out.
+whole launches of launch/evaluate.py, once for each number of `--ranks`, which share the threads out.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ SUBJECTS = """
     professional_medicine
 """.split()
 _AGREES = 1e-3  # nats
+_HARNESS = "lm-evaluation-harness"
 
 Scores = dict[tuple[str, int], list[float]]  # (subject, index) -> log-likelihoods of the four answers
 
@@ -44,33 +46,34 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as directory:
         bench = _Bench(options, data, convert_demo_model(), Path(directory))
-        theirs, ours = [], []
+        sides = {f"ours, {ranks} rank(s)": partial(bench.run_ours, ranks) for ranks in options.ranks}
+        if not options.only_ours:
+            sides = {_HARNESS: bench.run_harness, **sides}
+        runs: dict[str, list[tuple[float, Scores]]] = {name: [] for name in sides}
         for _ in range(options.rounds):
-            if not options.only_ours:
-                theirs.append(bench.run_harness())
-            ours.append(bench.run_ours())
-    count = len(ours[0][1])
+            for name, run in sides.items():
+                runs[name].append(run())
+    first, *others = runs
+    expected = runs[first][-1][1]
+    count = len(expected)
     print(
         f"{count} questions of {len(options.subjects)} subjects, {options.threads} threads, {options.rounds} rounds\n"
     )
     print("| | questions/s, median (range) | seconds |\n| --- | ---: | ---: |")
-    for name, runs in (("lm-evaluation-harness", theirs), (f"ours, {options.ranks} rank(s)", ours)):
-        if runs:
-            seconds = [its for its, _ in runs]
-            rates = [count / its for its in seconds]
-            print(
-                f"| {name} | {statistics.median(rates):.2f} ({min(rates):.2f}–{max(rates):.2f}) | "
-                f"{statistics.median(seconds):.1f} |"
-            )
-    if not theirs:
-        return 0
-    ratio = statistics.median(s for s, _ in theirs) / statistics.median(s for s, _ in ours)
-    worst, others, close = compare(ours[0][1], theirs[0][1])
-    print(
-        f"\nours is {ratio:.1f} times as fast; log-likelihoods differ by {worst:.1e} nats at most; {others} other "
-        f"choices where the best two differ by more than {_AGREES:g}, and {close} where they do not"
-    )
-    return 0 if worst <= _AGREES and not others else 1
+    for name, its in runs.items():
+        rates = [count / seconds for seconds, _ in its]
+        median = statistics.median(seconds for seconds, _ in its)
+        print(f"| {name} | {statistics.median(rates):.2f} ({min(rates):.2f}–{max(rates):.2f}) | {median:.1f} |")
+    agree = True
+    for name in others:
+        ratio = statistics.median(s for s, _ in runs[first]) / statistics.median(s for s, _ in runs[name])
+        worst, other, close = compare(runs[name][-1][1], expected)
+        agree = agree and worst <= _AGREES and not other
+        print(
+            f"\n{name}: {ratio:.1f} times as fast as {first}; log-likelihoods differ by {worst:.1e} nats at most; "
+            f"{other} other choices where the best two differ by more than {_AGREES:g}, {close} where they do not"
+        )
+    return 0 if agree else 1
 
 
 def compare(ours: Scores, theirs: Scores) -> tuple[float, int, int]:
@@ -127,14 +130,14 @@ class _Bench:
         found = json.loads(out.read_text())
         return found["seconds"], {(item["subject"], int(item["i"])): item["ll"] for item in found["items"]}
 
-    def run_ours(self) -> tuple[float, Scores]:
+    def run_ours(self, ranks: int) -> tuple[float, Scores]:
         """(seconds, scores)."""
         launch = [sys.executable]
-        if self._options.ranks > 1:
+        if ranks > 1:
             torchrun = Path(sys.executable).with_name("torchrun")
-            launch = [str(torchrun), "--standalone", "--nproc_per_node", str(self._options.ranks)]
+            launch = [str(torchrun), "--standalone", "--nproc_per_node", str(ranks)]
         command = [*launch, str(ROOT / "launch" / "evaluate.py"), str(self._directory / "mmlu.yaml")]
-        _run(command, max(1, self._options.threads // self._options.ranks))
+        _run(command, max(1, self._options.threads // ranks))
         run = self._directory / "runs" / "mmlu-evaluation"
         [score] = json.loads((run / "report.json").read_text())["mmlu"]["scores"]
         lines = (run / "mmlu" / "step-00000000.jsonl").read_text().splitlines()[1:]
@@ -154,14 +157,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS)
     parser.add_argument("--limit", type=int, default=50, help="questions a subject")
     parser.add_argument("--rounds", type=int, default=1, help="both sides run in each")
-    parser.add_argument("--ranks", type=int, default=1, help="of ours")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="of ours; a run for each number")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side")
     parser.add_argument("--tokens", type=int, default=4096, help="a forward pass of a rank of ours")
     parser.add_argument("--max-length", type=int, help="tokens that the model takes; longer prompts are cut")
     parser.add_argument("--quantization", default="none", help="of ours; the harness computes without")
     parser.add_argument("--only-ours", action="store_true")
     options = parser.parse_args()
-    if min(options.limit, options.rounds, options.ranks, options.threads, options.tokens) < 1:
+    if min(options.limit, options.rounds, *options.ranks, options.threads, options.tokens) < 1:
         raise RecipeError("--limit, --rounds, --ranks, --threads and --tokens are at least 1")
     return options
 

@@ -21,7 +21,9 @@ from lorasp.recipe import RecipeError
 def main() -> int:
     listen_for_signals()
     recipe = recipe_from_command_line(__doc__)
-    if recipe.data.held_out is None and recipe.mmlu.data is None and not recipe.lm_eval.tasks:
+    has_rows = recipe.data.held_out is not None or recipe.kind == "classification"
+    has_rows |= recipe.translation.test is not None
+    if not has_rows and recipe.mmlu.data is None and not recipe.lm_eval.tasks:
         raise RecipeError(
             "data.held_out: there is nothing to score; name a file of held-out rows, MMLU's directory as mmlu.data, "
             "or lm_eval.tasks"
@@ -45,9 +47,9 @@ def main() -> int:
         load_model,
         read_data,
         read_mmlu_questions,
-        score,
         score_mmlu,
     )
+    from lorasp.tasks import task_of
     from lorasp.watchdog import Watchdog
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
@@ -58,7 +60,6 @@ def main() -> int:
     log = RunLog(recipe, ranks, run_dir)
     directory = find_model(recipe, ranks)
     # Benchmarks ask nothing of the rows that were trained.
-    has_rows = recipe.data.held_out is not None
     fetch_data(recipe, ranks, trains=has_rows)
     data = read_data(recipe, directory) if has_rows else None
     tokenizer = data.tokenizer if data else load_tokenizer(directory, recipe.model)
@@ -73,18 +74,18 @@ def main() -> int:
 
     clear_run_directory(run_dir, ranks)  # an earlier evaluation's
 
+    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
+    engine.on_progress = [watchdog.count, log.advanced]
+    agreement = Agreement(on_progress=watchdog.count)
     step = loaded.start.step if loaded.start else 0
     samples = data.samples(recipe.evaluation.samples) if data else []
     if data:
-        with log.phase("evaluate"):
-            held_out = score(engine, data, recipe.evaluation, ranks)
-        with log.phase("evaluate", ANSWERING):
+        with log.phase("evaluate"), watchdog.watching():
+            score = task_of(recipe).score(engine, data, ranks)
+        with log.phase("evaluate", ANSWERING), watchdog.watching():
             when = "after" if step else "before"
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
-        log.scored(step, held_out)
-    agreement = Agreement()
-    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-    engine.on_progress = [watchdog.count, log.advanced]
+        log.scored(step, score)
     if mmlu is not None:
         with log.phase("evaluate_mmlu"), watchdog.watching():
             found = score_mmlu(

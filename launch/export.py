@@ -52,6 +52,7 @@ def main() -> int:
 
     console = Console(is_main=True)
     run = read_run(options.run_dir)
+    run.refuse_unless_causal_lm("an export")
     for warning in run.warnings():
         console.warn(warning)
     export = Export(

@@ -43,6 +43,7 @@ def main() -> int:
 
     console = Console(is_main=True, stream=sys.stderr)
     run = read_run(options.run_dir)
+    run.refuse_unless_causal_lm("an answer")
     for warning in run.warnings():
         console.warn(warning)
     tokenizer = load_tokenizer(run.base, run.recipe.model)

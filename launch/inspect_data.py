@@ -10,12 +10,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
 from lorasp.cli import recipe_from_command_line, run_reporting_errors
+from lorasp.recipe import RecipeError
 
 _ROWS = 3
 
 
 def main() -> int:
     recipe = recipe_from_command_line(__doc__)
+    if recipe.kind != "causal_lm":
+        raise RecipeError(f"task: what is shown are rows of instruction data, and task {recipe.task} has its own")
 
     from rich.console import Console
 

@@ -6,7 +6,6 @@ torchrun --nproc_per_node 2 launch/train.py recipes/quickstart.yaml
 """
 
 import json
-import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -25,13 +24,13 @@ def main() -> int:
     # The recipe is known to be good before anything heavy is imported.
     from lorasp.accounting import held_bytes
     from lorasp.agreement import Agreement
-    from lorasp.checkpoint import load_adapter, write_text_whole
+    from lorasp.checkpoint import load_adapter
     from lorasp.data.batches import training_batches
     from lorasp.evaluation.harness import check_harness, run_harness
     from lorasp.models.build import call_within_layers
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile, profiled
-    from lorasp.rehearsal import rehearse_answers, rehearse_evaluation, rehearse_save, rehearse_step, worst_batch
+    from lorasp.rehearsal import rehearse_answers, rehearse_save, rehearse_step
     from lorasp.reporting.console import Console
     from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
@@ -50,16 +49,17 @@ def main() -> int:
         read_data,
         read_mmlu_questions,
         save_result,
-        score,
         score_mmlu,
     )
+    from lorasp.tasks import task_of
     from lorasp.timing import matrix_product_limit
     from lorasp.trainer import Diverged, every, train
     from lorasp.watchdog import Watchdog
+    from lorasp.whole_files import write_text_whole
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
 
-    training = recipe.training
+    training, task = recipe.training, task_of(recipe)
     dtype = compute_dtype(recipe)
     ranks = start_ranks(recipe, dtype)
     warn = Console(ranks.is_main).warn
@@ -91,7 +91,7 @@ def main() -> int:
 
     # And what cannot fit, before a weight is read.
     units = order.largest_units(data.train.examples, training.micro_batch_size)
-    largest = worst_batch(units, training.micro_batch_size)
+    largest = task.worst_batch(units, training.micro_batch_size)
     planned = plan_memory(recipe, directory, ranks, dtype, largest, warn=log.console.warn)
     if planned is not None:
         log.planned(planned)
@@ -113,13 +113,14 @@ def main() -> int:
     samples = data.samples(recipe.evaluation.samples)
 
     def evaluate(step: int) -> None:
-        if data.held_out is not None:
-            with log.phase("evaluate"):
-                held_out = score(engine, data, recipe.evaluation, ranks, partial(leave_if_asked, step))
-            log.scored(step, held_out)
+        with log.phase("evaluate"), watchdog.watching():
+            asks, final = partial(leave_if_asked, step), step == order.total_steps
+            score = task.score(engine, data, ranks, asks, final=final)
+        if score is not None:
+            log.scored(step, score)
 
     def answer(when: str, step: int) -> None:
-        with log.phase("evaluate", ANSWERING):
+        with log.phase("evaluate", ANSWERING), watchdog.watching():
             asks = partial(leave_if_asked, step)
             answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks, asks)
 
@@ -127,7 +128,7 @@ def main() -> int:
 
     def evaluate_mmlu(step: int, limit: int | None = None) -> None:
         asked = mmlu if limit is None else mmlu.first(limit)
-        with log.phase("evaluate_mmlu"):
+        with log.phase("evaluate_mmlu"), watchdog.watching():
             found = score_mmlu(
                 engine,
                 asked,
@@ -150,10 +151,10 @@ def main() -> int:
             path = save_result(run_dir, recipe, loaded, engine, tokenizer, step, writes=ranks.is_main)
         log.console.info(f"saved {path} at step {step}")
 
-    agreement = Agreement()
     watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
     engine.on_progress = [watchdog.count, log.advanced]
     call_within_layers(loaded.model.model, log.advanced)
+    agreement = Agreement(on_progress=watchdog.count)
 
     def checkpoint(step: int) -> None:
         state = RunState.of(
@@ -177,18 +178,16 @@ def main() -> int:
             leave(step)
 
     if recipe.rehearse:
-        with log.phase("rehearse_train"):
+        with log.phase("rehearse_train"), watchdog.watching():
             accumulation = recipe.accumulation(ranks.world_size)
             rehearse_step(engine, largest, accumulation, dtype=dtype, device=ranks.device, world_size=ranks.world_size)
-        with log.phase("rehearse_evaluate"):
-            if data.held_out is not None:
-                largest = worst_batch(data.held_out.examples, recipe.evaluation.micro_batch_size)
-                rehearse_evaluation(engine, largest, ranks.device)
-        with log.phase("rehearse_evaluate", ANSWERING):
+        with log.phase("rehearse_evaluate"), watchdog.watching():
+            task.rehearse_scoring(engine, data, ranks)
+        with log.phase("rehearse_evaluate", ANSWERING), watchdog.watching():
             prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
             rehearse_answers(engine, prompts, recipe.evaluation.max_new_tokens, ranks.device)
         if mmlu is not None:
-            with log.phase("rehearse_evaluate_mmlu"):
+            with log.phase("rehearse_evaluate_mmlu"), watchdog.watching():
                 mmlu.rehearse(engine, ranks)
         with log.phase("rehearse_save"):
             rehearse_save(
@@ -224,10 +223,10 @@ def main() -> int:
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_step=start_step,
+        collate=task.collate,
     )
     batches = profiled(batches, recipe.profile, run_dir, rank=ranks.rank, device=ranks.device, warn=log.console.warn)
     is_scored = every(training.evaluate_every)
-    uniform_guess = math.log(loaded.model.model.config.get_text_config().vocab_size)
     try:
         leave_if_asked(start_step)  # while it loaded
         if resumed is None and recipe.evaluation.before:
@@ -248,7 +247,7 @@ def main() -> int:
                 training,
                 device=ranks.device,
                 world_size=ranks.world_size,
-                max_loss=recipe.health.max_loss or 4 * uniform_guess,
+                max_loss=recipe.health.max_loss or task.highest_sound_loss(loaded.model.model.config),
                 on_step=log.stepped,
                 on_log=log.trained,
                 when=[
@@ -266,8 +265,7 @@ def main() -> int:
         evaluate(order.total_steps)
         answer("after", order.total_steps)
         if mmlu is not None:
-            with watchdog.watching():
-                evaluate_mmlu(order.total_steps)
+            evaluate_mmlu(order.total_steps)
         if recipe.lm_eval.tasks:
             with log.phase("evaluate_lm_eval"):
                 found = run_harness(engine, recipe.lm_eval, tokenizer, ranks)

@@ -10,27 +10,17 @@ and moments are as long as these vectors by construction. LoRA is the case in wh
 import fnmatch
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lorasp.dropout import DropoutSeeds, ExamplesAtHand, drop_mask
 from lorasp.hashing import random_uniform, stream_key
-from lorasp.quantization import DropoutSeeds, ShardedLinear
+from lorasp.head import SelectedLinear
+from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Adapter, Quantization, RecipeError
 from lorasp.residual import fit_factors
-from lorasp.selection import select_entries, select_features, selection_digest
-
-
-@dataclass
-class ExamplesAtHand:
-    """The examples of a forward, one behind the other: tokens of each, and a key that is its own in this step.
-
-    A dropout mask belongs to an example, not to the rank or the row that it happens to be on.
-    """
-
-    lengths: tuple[int, ...] = ()
-    keys: tuple[int, ...] = ()
+from lorasp.selection import Selection, select_entries, select_features, selection_digest
 
 
 class AdaptedLinear(ShardedLinear):
@@ -149,17 +139,23 @@ class AdaptedLinear(ShardedLinear):
             getattr(self, name).data = tensor
         self.start_errors = (plain, best)
 
+    saved = ("A", "B", "A_rest", "A_bits", "B_bits")  # of an adapter's file
+    trained_parts = ("A", "B")
     needs_input = True  # for the gradients of A and B
 
     def trained(self) -> tuple[nn.Parameter, ...]:
         return self.A, self.B
 
+    def selections(self) -> Iterator[tuple[str, Selection, Tensor]]:
+        """(name, S, its bits) of both matrices."""
+        yield f"{self.name}.A", self.A_selection, self.A_bits
+        yield f"{self.name}.B", self.B_selection, self.B_bits
+
     def draw_dropout(self) -> DropoutSeeds | None:
         """Of the examples at hand: a mask is drawn again in backward, not kept."""
         if not (self.training and self.dropout):
             return None
-        seeds = (stream_key(key, self.name, "dropout") for key in self.examples.keys)
-        return tuple(zip(self.examples.lengths, seeds, strict=True))
+        return tuple(zip(self.examples.lengths, self.examples.seeds(self.name), strict=True))
 
     def project(self, rows: Tensor, seed: DropoutSeeds | None = None) -> Tensor:
         """rows [tokens, in] -> [tokens, out]: base and adapter in one, the update added in place."""
@@ -220,11 +216,7 @@ class AdaptedLinear(ShardedLinear):
         )
 
     def _dropout_mask(self, rows: Tensor, seeds: DropoutSeeds) -> Tensor:
-        """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""
-        mask, generator = torch.ones_like(rows), torch.Generator(rows.device)
-        for part, (_, seed) in zip(mask.split([length for length, _ in seeds] or len(rows)), seeds, strict=False):
-            part.bernoulli_(1 - self.dropout, generator=generator.manual_seed(seed))
-        return mask.div_(1 - self.dropout)
+        return drop_mask(rows, self.dropout, seeds)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trained={self.A_selection.count}+{self.B_selection.count}"
@@ -266,10 +258,11 @@ def adapted_linears(model: nn.Module) -> Iterator[AdaptedLinear]:
     return (module for module in model.modules() if isinstance(module, AdaptedLinear))
 
 
+def trained_linears(model: nn.Module) -> Iterator[AdaptedLinear | SelectedLinear]:
+    """What an adapter's file holds something of: adapted linears, and those of a head, in module order."""
+    return (module for module in model.modules() if isinstance(module, AdaptedLinear | SelectedLinear))
+
+
 def model_selection_digest(model: nn.Module) -> str:
     """Digest of S over the whole model: equal on every machine and world size for one seed."""
-    masks = []
-    for linear in adapted_linears(model):
-        masks.append((f"{linear.name}.A", linear.A_selection, linear.A_bits))
-        masks.append((f"{linear.name}.B", linear.B_selection, linear.B_bits))
-    return selection_digest(masks)
+    return selection_digest(mask for linear in trained_linears(model) for mask in linear.selections())

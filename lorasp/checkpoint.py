@@ -2,11 +2,11 @@
 
 `adapter.safetensors` holds, for each adapted linear NAME, `NAME.A` and `NAME.B` (fp32, the selected entries),
 `NAME.A_bits` and `NAME.B_bits` (uint8, S packed; see selection.py; empty where all entries are selected), and
-`NAME.A_rest` (fp32, A's frozen entries) with `frozen_entries: init`. Its metadata holds `AdapterInfo` as JSON.
+`NAME.A_rest` (fp32, A's frozen entries) with `frozen_entries: init`. Of a classifier's head it holds `NAME.W` and
+`NAME.bias`, `NAME.W_bits` and `NAME.W_rest` likewise. Its metadata holds `AdapterInfo` as JSON.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorasp.adapter import AdaptedLinear, adapted_linears, model_selection_digest
+from lorasp.adapter import AdaptedLinear, adapted_linears, model_selection_digest, trained_linears
+from lorasp.head import SelectedLinear
 from lorasp.recipe import Quantization, Recipe, RecipeError
+from lorasp.whole_files import replace_file, write_text_whole
 
 ADAPTER_FILE = "adapter.safetensors"
 CHECKPOINTS = "checkpoints"  # in a run's directory
@@ -96,8 +98,8 @@ class SavedAdapter:
         Raises RecipeError if an adapted linear is missing on either side or has another size, or S is not the one that
         was saved.
         """
-        linears = {linear.name: linear for linear in adapted_linears(model)}
-        saved = {name.removesuffix(".A") for name in self.tensors if name.endswith(".A")}
+        linears = {linear.name: linear for linear in trained_linears(model)}
+        saved = {name.rpartition(".")[0] for name in self.tensors}
         if saved != set(linears):
             odd = sorted(saved ^ set(linears))
             raise RecipeError(
@@ -105,14 +107,14 @@ class SavedAdapter:
                 f"differ, such as {odd[0]}"
             )
         for name, linear in linears.items():
-            for part in ("A", "B", "A_rest", "A_bits", "B_bits"):
+            for part in linear.saved:
                 ours, value = getattr(linear, part), self.tensors.get(f"{name}.{part}")
                 if (ours is None) != (value is None) or (value is not None and value.shape != ours.shape):
                     raise RecipeError(f"adapter.init_from: {self.path}: {name}.{part} has another size here")
                 if part.endswith("_bits"):
                     setattr(linear, part, value)
-                elif value is not None:
-                    ours.data = value.to(ours.dtype)
+                elif value is not None:  # in place of one on the meta device, too
+                    linear._parameters[part] = nn.Parameter(value.to(ours.dtype), requires_grad=ours.requires_grad)
         # S decides where each value belongs: wrong bits would load without a word.
         if model_selection_digest(model) != self.info.selection_digest:
             raise RecipeError(f"adapter.init_from: {self.path} is damaged: its S is not the one that was saved")
@@ -122,8 +124,9 @@ class SavedAdapter:
         return {
             f"{name}.{part}": self.tensors[f"{module.name}.{part}"]
             for name, module in model.named_modules()
-            if isinstance(module, AdaptedLinear)
-            for part in "AB"
+            if isinstance(module, AdaptedLinear | SelectedLinear)
+            for part in module.trained_parts
+            if f"{module.name}.{part}" in self.tensors  # a bias need not be there
         }
 
     def check_base(self, base_digest: str) -> None:
@@ -189,7 +192,7 @@ def save_adapter(
 
 def collect_adapter(model: nn.Module, values: Iterable[tuple[str, Tensor]], *, keeps: bool) -> dict[str, Tensor]:
     """The tensors of an adapter's file, on the CPU; nothing without `keeps`. Collective, as `values` is."""
-    linears = list(adapted_linears(model))
+    linears = list(trained_linears(model))
     module_names = {id(module): name for name, module in model.named_modules()}
     own_names = {module_names[id(linear)]: linear.name for linear in linears}
     tensors: dict[str, Tensor] = {}
@@ -198,12 +201,13 @@ def collect_adapter(model: nn.Module, values: Iterable[tuple[str, Tensor]], *, k
         if keeps:
             tensors[f"{own_names[module_name]}.{part}"] = value.contiguous()
     for linear in linears:
-        rest = _gathered(linear.A_rest) if linear.A_rest is not None else None
-        if keeps:
-            tensors[f"{linear.name}.A_bits"] = linear.A_bits.cpu()
-            tensors[f"{linear.name}.B_bits"] = linear.B_bits.cpu()
-            if rest is not None:
-                tensors[f"{linear.name}.A_rest"] = rest
+        for part in linear.saved:
+            if part in linear.trained_parts or getattr(linear, part) is None:
+                continue
+            value = getattr(linear, part)
+            value = value.cpu() if part.endswith("_bits") else _gathered(value)
+            if keeps:
+                tensors[f"{linear.name}.{part}"] = value
     return tensors
 
 
@@ -258,11 +262,6 @@ def replacing_whole(directory: Path, *, writes: bool) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Writes beside, syncs, renames. Raises RecipeError when the disk refuses."""
-    _replace_file(path, lambda beside: beside.write_text(text))
-
-
 def _in_files(
     values: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, prefix: str
 ) -> Iterator[dict[str, Tensor]]:
@@ -284,24 +283,4 @@ def _gathered(parameter: nn.Parameter) -> Tensor:
 
 def write_tensors_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, as `write_text_whole` writes a text."""
-    _replace_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))
-
-
-def _replace_file(path: Path, write) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        beside.chmod(0o644)  # safetensors' 0600 would hide it from one's group
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except Exception as error:  # safetensors wraps the operating system's error in its own
-        beside.unlink(missing_ok=True)
-        raise RecipeError(
-            f"{path} could not be written ({error}); what was saved there before is unharmed. Free space or name "
-            f"another output_dir"
-        ) from error
+    replace_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))

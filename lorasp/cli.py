@@ -10,16 +10,17 @@ from typing import NoReturn
 
 from lorasp.health import stop_listening
 from lorasp.host_memory import map_large_blocks_apart
+from lorasp.last_words import peer_has_refused, print_stack, tell_peers_of_refusal
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.recipe_loading import load_recipe
 
+FAILED = 1
 BAD_INPUT = 2
 STOPPED = 3
 HUNG = 76  # a rank that stood still
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from where it was
 INTERRUPTED = 130  # Ctrl-C, as shells have it
 _OTHERS_WAIT_SECONDS = 10
-_LAUNCHER_ENDS_RANKS_SECONDS = 3
 
 
 def recipe_from_command_line(documentation: str, arguments: list[str] | None = None) -> Recipe:
@@ -55,32 +56,37 @@ def refuse_several_processes() -> None:
 def run_reporting_errors(main: Callable[[], int]) -> int:
     """Runs `main`; a RecipeError, or a full disk, becomes a sentence on stderr and exit code 2. For `sys.exit(…)`.
 
-    Ctrl-C ends it without a word.
+    Any other error ends it with the traceback, of several ranks with each one's. Ctrl-C ends it without a word.
     """
     map_large_blocks_apart()
     try:
         return main()
     except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
+        _exit(INTERRUPTED)
     except Exception as error:
-        stop_listening()  # the launcher is to end this rank when another one has ended
         fault = _fault_of_the_user(error)
         if fault is None:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                # A collective fails on a rank as soon as a peer has exited. The peer has told why, and the launcher
-                # ends this rank within a second: a traceback would only bury the sentence.
-                time.sleep(_LAUNCHER_ENDS_RANKS_SECONDS)
-            raise
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                raise
+            # A launcher that ends this rank beside one that died sends SIGTERM: heard, it leaves time for the stack.
+            if not peer_has_refused():
+                print_stack(error)
+            _exit(FAILED)
+    tell_peers_of_refusal()
+    stop_listening()  # the launcher is to end this rank when another one has ended
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         # All ranks see the same input. A launcher ends the others as soon as one exits, so rank 0 speaks first;
         # if it does not, the fault is this rank's alone.
         time.sleep(_OTHERS_WAIT_SECONDS)
     print(f"error{f' on rank {rank}' if rank else ''}: {fault}", file=sys.stderr, flush=True)
+    _exit(BAD_INPUT)
+
+
+def _exit(code: int) -> NoReturn:
+    """Not sys.exit: a rank that waits in a collective would keep the interpreter's own clean-up waiting."""
     sys.stdout.flush()
-    # Not sys.exit: a rank that waits in a collective would keep the interpreter's own clean-up waiting.
-    os._exit(BAD_INPUT)
+    os._exit(code)
 
 
 def _fault_of_the_user(error: Exception) -> str | None:

@@ -10,10 +10,10 @@ import torch
 from lorasp.checkpoint import ADAPTER_FILE, SavedAdapter, load_adapter
 from lorasp.models.attention import ATTENTION
 from lorasp.models.build import build_on_meta, filled_units
-from lorasp.models.causal_lm import CausalLM
 from lorasp.models.packed_base import use_run_base
-from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
-from lorasp.recipe import Quantization, Recipe, RecipeError
+from lorasp.models.task_model import TaskModel
+from lorasp.models.weights import Checkpoint, load_config, locate_model
+from lorasp.recipe import DEMO_MODELS, Quantization, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ class FinishedRun:
     def quantized(self) -> bool:
         return self.recipe.quantization.format != "none"
 
+    def refuse_unless_causal_lm(self, what: str) -> None:
+        """Raises RecipeError for a run of another task. what: that cannot be done with it."""
+        if self.recipe.kind != "causal_lm":
+            raise RecipeError(
+                f"{self.directory}: it learned task {self.recipe.task}, and {what} is of causal language models; "
+                f"launch/evaluate.py scores it, and method: full leaves model/, which transformers loads"
+            )
+
     @property
     def prompt_format(self) -> str:
         """What a prompt was put into: "alpaca" or "short" of Alpaca's rows, "chat" for the tokenizer's own template,
@@ -47,7 +55,7 @@ class FinishedRun:
     def base_name(self) -> str:
         """By which others load the base: its hub name, or the directory on this machine."""
         path = self.recipe.model.path
-        return str(self.base.resolve()) if Path(path).is_dir() or path == DEMO_MODEL else path
+        return str(self.base.resolve()) if Path(path).is_dir() or path in DEMO_MODELS else path
 
     @property
     def has_own_base(self) -> bool:
@@ -73,7 +81,7 @@ class FinishedRun:
 
     def build_on_meta(
         self, *, dense: bool = False, dtype: torch.dtype | None = None, attention: str = ATTENTION
-    ) -> CausalLM:
+    ) -> TaskModel:
         """The run's model with its adapter's values; the base is on the meta device, unquantized with `dense`."""
         recipe = self.recipe
         if dense:
@@ -90,7 +98,7 @@ class FinishedRun:
         dense: bool = False,
         dtype: torch.dtype | None = None,
         attention: str = ATTENTION,
-    ) -> CausalLM:
+    ) -> TaskModel:
         """The run's model, whole on `device`, for evaluation. Raises RecipeError, also for a base that was changed."""
         model = self.build_on_meta(dense=dense, dtype=dtype, attention=attention)
         checkpoint = self.open_base()

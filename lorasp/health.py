@@ -6,6 +6,7 @@ there.
 """
 
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import FrameType
 # A scheduler's warning (Slurm's --signal), and what a launcher or a terminal sends to end a process.
 _LEAVE = (signal.SIGUSR1, signal.SIGTERM)
 _asked = False
+_arrivals: int | None = None  # a pipe that has bytes once a signal has come
 
 _BUILDS = Path("~/.cache/torch_extensions")  # as torch.utils.cpp_extension has it
 _BUILD_TAKES_AT_MOST = 15 * 60  # seconds; those that DeepSpeed starts take one or two minutes
@@ -32,8 +34,13 @@ def listen_for_signals() -> None:
 
     To be called first of all: a signal before that ends the process.
     """
+    global _arrivals
     for number in _LEAVE:
         signal.signal(number, _ask)
+    if _arrivals is None:
+        _arrivals, noted = os.pipe()
+        os.set_blocking(noted, False)
+        signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
 
 
 def stop_listening() -> None:
@@ -50,6 +57,11 @@ def _ask(number: int, frame: FrameType | None) -> None:
 def asked_to_leave() -> bool:
     """Whether this process got such a signal; others may not have."""
     return _asked
+
+
+def signal_has_arrived() -> bool:
+    """As `asked_to_leave`, and true as well while a library keeps the main thread, which alone runs handlers."""
+    return _arrivals is not None and bool(select.select([_arrivals], [], [], 0)[0])
 
 
 def stale_build_locks() -> list[Path]:

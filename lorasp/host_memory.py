@@ -2,7 +2,7 @@
 
 On a CPU rank tensors come from glibc's heap, where a step's differ in size and lifetime from the next one's. glibc
 2.36 cannot put an aligned block where an equal one was: it cuts it out of a larger one, and small objects settle in
-the slivers beside it. Its heap tears, so that a rank holds half as much again as its tensors, and more each step.
+the slivers beside it. Its heap tears, so that a rank holds half as much again as its tensors, and more with each step.
 """
 
 import ctypes

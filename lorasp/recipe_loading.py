@@ -88,6 +88,7 @@ def _resolve_paths(tree: dict[str, Any], report: Report, bases: Sequence[Path]) 
         ("adapter.init_from", False, True),
         ("data.train", True, False),
         ("data.held_out", True, False),
+        ("translation.test", False, False),
         ("mmlu.data", False, False),
         ("lm_eval.include_path", False, True),
         ("deepspeed.config", True, True),
@@ -95,6 +96,8 @@ def _resolve_paths(tree: dict[str, Any], report: Report, bases: Sequence[Path]) 
         section, _, name = key.partition(".")
         if not isinstance(tree[section], dict):
             continue
+        if section == "data" and tree.get("task", "causal_lm") != "causal_lm":
+            is_file = False  # the directory that holds the task's own
         only_shape = key == "model.path" and tree[section].get("weights") == "random"
         for holder, place in _paths_at(tree[section], name):
             if not holder[place].startswith("pypi:") and not (only_shape and holder[place] in named_shapes()):

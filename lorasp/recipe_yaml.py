@@ -17,7 +17,7 @@ def read_settings(path: Path, overrides: Sequence[str], report: Report) -> dict[
     Tells `report` where each stands, and of keys given twice and misshapen overrides. Raises RecipeError if what is
     left cannot be read at all.
     """
-    settings = OmegaConf.create(_written_out(_read_file(path, report), report))
+    settings = OmegaConf.create(_written_out(read_yaml(path, report), report))
     for override in overrides:
         key, equals, _ = override.partition("=")
         try:
@@ -51,23 +51,26 @@ def _written_out(settings: dict[Any, Any], report: Report) -> dict[Any, Any]:
     return settings
 
 
-def _read_file(path: Path, report: Report) -> dict[Any, Any]:
-    """The file's settings, unchecked; notes the line of each. Raises RecipeError if they cannot be read at all."""
+def read_yaml(path: Path, report: Report, kind: str = "recipe", depth: int = 2) -> dict[Any, Any]:
+    """The file's settings, unchecked; notes the line of each. Raises RecipeError if they cannot be read at all.
+
+    kind: what such a file is called. depth: of the keys whose lines are noted: 2 for `section.key`.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         near = near_files(path.name, [path.absolute().parent], (".yaml", ".yml"))
-        raise RecipeError(f"{path}: no such recipe; {near}") from None
+        raise RecipeError(f"{path}: no such {kind}; {near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise RecipeError(_yaml_fault(path, error)) from None
     if root is None:
-        raise RecipeError(f"{path}: the recipe is empty; start from a copy of another")
+        raise RecipeError(f"{path}: the {kind} is empty; start from a copy of another")
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}:{root.start_mark.line + 1}: a recipe is made of `key: value` lines; this is none")
-    if _note_lines(root, "", report):
+        raise RecipeError(f"{path}:{root.start_mark.line + 1}: a {kind} is made of `key: value` lines; this is none")
+    if _note_lines(root, "", report, depth):
         text = yaml.serialize(root)  # without the duplicates, so that the rest can be checked as well
     try:
         # OmegaConf's reading of YAML, not PyYAML's, to which 2e-5 is text.
@@ -76,7 +79,7 @@ def _read_file(path: Path, report: Report) -> dict[Any, Any]:
         raise RecipeError(_yaml_fault(path, error)) from None
 
 
-def _note_lines(node: yaml.MappingNode, prefix: str, report: Report) -> bool:
+def _note_lines(node: yaml.MappingNode, prefix: str, report: Report, depth: int) -> bool:
     """Notes where the keys of `node` and its sections stand; tells of keys given twice, drops and returns whether."""
     kept, dropped = {}, False
     for key, value in node.value:
@@ -87,8 +90,8 @@ def _note_lines(node: yaml.MappingNode, prefix: str, report: Report) -> bool:
             continue
         kept[name] = (key, value)
         report.lines[name] = line
-        if not prefix and isinstance(value, yaml.MappingNode):
-            dropped |= _note_lines(value, f"{name}.", report)
+        if depth > 1 and isinstance(value, yaml.MappingNode):
+            dropped |= _note_lines(value, f"{name}.", report, depth - 1)
     node.value = list(kept.values())
     return dropped
 

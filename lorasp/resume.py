@@ -16,7 +16,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from lorasp.checkpoint import (
 )
 from lorasp.models.demo import flush_to_disk
 from lorasp.recipe import Checkpointing, Recipe, RecipeError
+from lorasp.recipe_settings import differing_settings, flat_settings
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import Ranks
 
@@ -52,7 +53,7 @@ _READ_AT_ONCE = 2**24
 _FREE = set(
     """
     name output_dir overwrite rehearse resume deterministic checkpoint deepspeed tracking profile memory evaluation
-    health mmlu lm_eval
+    health translation mmlu lm_eval
     model.path model.revision model.trust_remote_code data.train data.held_out data.revision data.limit
     adapter.init_from quantization.cache training.micro_batch_size training.activation_checkpointing
     training.offload_activations training.log_every training.evaluate_every
@@ -83,10 +84,8 @@ class RunState:
 
     def check_recipe(self, recipe: Recipe, where: Path) -> None:
         """Raises RecipeError where the recipe would make another run of it, naming the settings."""
-        ours, its = _settings(recipe.to_dict()), _settings(self.recipe)
-        differing = [
-            f"{key} is {ours.get(key)}, was {its.get(key)}" for key in ours | its if ours.get(key) != its.get(key)
-        ]
+        ours, its = (flat_settings(tree, without=_FREE) for tree in (recipe.to_dict(), self.recipe))
+        differing = differing_settings(ours, its)
         if differing:
             raise RecipeError(
                 f"resume: {where} is of another run: {'; '.join(differing)}. Set that back, or start anew: with "
@@ -360,14 +359,3 @@ def _digest(file: Path) -> str:
         for block in iter(partial(opened.read, _READ_AT_ONCE), b""):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _settings(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's settings by dotted name, without those that may change."""
-    found: dict[str, Any] = {}
-    for key, value in recipe.items():
-        name = f"{prefix}{key}"
-        if name in _FREE:
-            continue
-        found |= _settings(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found

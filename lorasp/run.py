@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -24,35 +23,39 @@ from lorasp.checkpoint import (
     save_adapter,
     save_model,
 )
-from lorasp.data.batches import Batch
-from lorasp.data.load import RunData, download_data, load_data
 from lorasp.data.mmlu import download_mmlu
-from lorasp.data.random_tokens import random_tokens
 from lorasp.evaluation.answers import greedy_answers
-from lorasp.evaluation.held_out import HeldOutScore, score_held_out
 from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore, trained_digest
+from lorasp.evaluation.translation import TRANSLATIONS
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
-from lorasp.models.causal_lm import CausalLM
+from lorasp.models.classes import model_class, open_weights
 from lorasp.models.packed_base import PackedBaseWriter, RunBaseWriter, use_run_base
 from lorasp.models.quantized_cache import DAMAGED, WORTH_KEEPING, QuantizedCache
 from lorasp.models.random_weights import RandomWeights
 from lorasp.models.recompute import set_recomputation
-from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, load_tokenizer, locate_model, open_weights
+from lorasp.models.task_model import TaskModel
+from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
 from lorasp.planning import Plan, excess, plan
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Evaluation, Recipe, RecipeError
 from lorasp.recipe_deepspeed import keeps_base_whole
 from lorasp.reporting.console import Console
 from lorasp.resume import LEFT, Found
+from lorasp.tasks import task_of
+from lorasp.tasks.base import ItemBatch, TaskData
 from lorasp.tracing import NoPlan
+from lorasp.uncompiled import uncompiled
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import PREFETCH, Ranks, deepspeed_config
 from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_whole, shard_unit
 
+with uncompiled():
+    import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
+
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
 _TOLD_EVERY = 5.0  # seconds: lines of MMLU's progress in a log file
-_OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export")
+_OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export", TRANSLATIONS)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -118,11 +121,10 @@ def find_model(recipe: Recipe, ranks: Ranks) -> Path:
     return directory if int(os.environ["LOCAL_RANK"]) == 0 else locate_model(recipe.model, download=False)
 
 
-def read_data(recipe: Recipe, directory: Path) -> RunData:
-    """The recipe's data in the tokens of the model at `directory`. Raises RecipeError."""
-    if recipe.data.is_random:
-        return random_tokens(recipe, load_config(directory, recipe.model).get_text_config().vocab_size)
-    return load_data(recipe, load_tokenizer(directory, recipe.model))
+def read_data(recipe: Recipe, directory: Path) -> TaskData:
+    """The data of the recipe's task in the tokens of the model at `directory`. Raises RecipeError."""
+    model_class(recipe).configured(load_config(directory, recipe.model), recipe)  # a model of another family
+    return task_of(recipe).read_data(directory)
 
 
 def fetch_data(recipe: Recipe, ranks: Ranks, *, trains: bool = True) -> None:
@@ -132,7 +134,7 @@ def fetch_data(recipe: Recipe, ranks: Ranks, *, trains: bool = True) -> None:
     """
     if int(os.environ["LOCAL_RANK"]) == 0:
         if trains:
-            download_data(recipe.data)
+            task_of(recipe).download()
         if recipe.mmlu.data is not None:
             download_mmlu(recipe.mmlu)
     ranks.accelerator.wait_for_everyone()
@@ -146,7 +148,7 @@ def read_mmlu_questions(recipe: Recipe, directory: Path, tokenizer: PreTrainedTo
 
 
 def plan_memory(
-    recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype, batch: Batch, *, warn: Callable[[str], None]
+    recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype, batch: ItemBatch, *, warn: Callable[[str], None]
 ) -> Plan | None:
     """The run's plan, for micro batches as large as `batch`. Raises RecipeError for one that cannot fit.
 
@@ -177,7 +179,7 @@ class LoadedModel:
     loses, see `AdaptedLinear`. own_base: what rank 0 wrote of a base that only this run's adapter has.
     """
 
-    model: CausalLM
+    model: TaskModel
     counts: ParameterCounts
     base_digest: str
     start: AdapterInfo | None
@@ -263,13 +265,13 @@ def load_model(
     return LoadedModel(model, counts, base_digest, start, flops, policy, fallback, start_errors, own_base)
 
 
-def _start_errors(model: CausalLM) -> dict[str, tuple[float, float]]:
+def _start_errors(model: TaskModel) -> dict[str, tuple[float, float]]:
     return {m.name: m.start_errors for m in adapted_linears(model) if m.start_errors is not None}
 
 
 def _quantized_cache(
     recipe: Recipe,
-    model: CausalLM,
+    model: TaskModel,
     checkpoint: Checkpoint | RandomWeights,
     dtype: torch.dtype,
     ranks: Ranks,
@@ -295,7 +297,7 @@ def _check_agreement(selection_digest: str, ranks: Ranks) -> None:
         )
 
 
-def data_digests(data: RunData) -> dict[str, str]:
+def data_digests(data: TaskData) -> dict[str, str]:
     """By which a checkpoint knows the rows that it was trained on."""
     return {kind: its["digest"] for kind, its in data.report().items() if "digest" in its}
 
@@ -338,25 +340,6 @@ def save_result(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(directory)
     return run_dir / "model"
-
-
-def score(
-    engine: Engine,
-    data: RunData,
-    evaluation: Evaluation,
-    ranks: Ranks,
-    before_batch: Callable[[], None] = lambda: None,
-) -> HeldOutScore:
-    """Loss and exact match of the held-out examples, spread over the ranks. Collective."""
-    return score_held_out(
-        engine,
-        data.held_out.examples,
-        evaluation.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        before_batch=before_batch,
-    )
 
 
 def score_mmlu(

@@ -15,10 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch
+from lorasp.dropout import ExampleDropout
 from lorasp.live_tensors import LiveTensors
 from lorasp.models.build import build_on_meta
-from lorasp.models.causal_lm import CHUNK_ROWS, CausalLM
+from lorasp.models.causal_lm import CHUNK_ROWS
 from lorasp.models.recompute import set_recomputation
+from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe
 
@@ -35,10 +37,10 @@ class Traces:
     """What plans of one model, method and precision share: models built, and steps traced, are found again."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple, CausalLM] = {}
+        self._models: dict[tuple, TaskModel] = {}
         self._steps: dict[tuple, dict[str, int]] = {}
 
-    def model(self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: int) -> CausalLM:
+    def model(self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: int) -> TaskModel:
         """The recipe's model with so many decoder layers, without memory. Raises RecipeError as `build_on_meta`."""
         key = (layers, recipe.training.activation_checkpointing)
         if key not in self._models:
@@ -47,7 +49,7 @@ class Traces:
             self._models[key] = model
         return self._models[key]
 
-    def step(self, model: CausalLM, batch: Batch, *, activations_away: bool) -> dict[str, int]:
+    def step(self, model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
         """What `trace` finds of a model that `model` gave; other batches of the same lengths need the same."""
         key = (model, batch.lengths, len(batch.labels), activations_away)
         if key not in self._steps:
@@ -55,7 +57,7 @@ class Traces:
         return self._steps[key]
 
 
-def trace(model: CausalLM, batch: Batch, *, activations_away: bool) -> dict[str, int]:
+def trace(model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
     """Most bytes of activations up to the end of the head's forward, and in backward.
 
     activations_away: what is kept for backward waits in the host's memory, and is not counted.
@@ -114,6 +116,8 @@ def _make_fake(model: nn.Module) -> None:
                 module.dense_weight = _Dequantized(module)
             if getattr(module, "dropout", 0):
                 module.draw_dropout = tuple  # whose mask is ones: a drawn number would have a value
+        if isinstance(module, ExampleDropout):
+            module.draw = tuple
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

@@ -1,7 +1,7 @@
 """A rank that stands still ends with its stack, and the run with it, told which rank held up the others.
 
-Every gather, reduction and update is counted. A rank whose count has stood for too long asks for the others': the
-ranks with the lowest one are those that the others wait for.
+Every gather, reduction, update and agreement is counted. A rank whose count has stood for too long asks for the
+others': the ranks with the lowest one are those that the others wait for.
 """
 
 import faulthandler
@@ -10,14 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import distributed as dist
 
 from lorasp.cli import HUNG
+from lorasp.health import signal_has_arrived
 
 _LOOKS_EVERY = 1.0  # seconds
 _OTHERS_FOLLOW = 5.0  # seconds: they stood still at about the same time
+# Where a peer has died, a collective on GPUs may never fail: the launcher's SIGTERM finds this rank within it, and
+# SIGKILL follows after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT). Until then the rank tells where it stands.
+_STANDS_AFTER_SIGNAL = 15.0  # seconds
 
 
 class Watchdog:
@@ -34,26 +38,25 @@ class Watchdog:
         self._count += 1
         self._since = time.monotonic()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Within it the rank must count; outside, as while it loads or saves, it may take its time."""
-        self._since, self._limit = time.monotonic(), self._seconds
-        try:
-            yield
-        finally:
-            self._limit = float("inf")
-            faulthandler.cancel_dump_traceback_later()
+        return self._limited_to(self._seconds)
+
+    def patient(self) -> AbstractContextManager[None]:
+        """Within `watching`: what takes its time and does not count, such as writing a checkpoint."""
+        return self._limited_to(float("inf"))
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Within `watching`: what takes its time and does not count, such as writing a checkpoint."""
-        limit, self._limit = self._limit, float("inf")
+    def _limited_to(self, seconds: float) -> Iterator[None]:
+        before = self._limit
+        self._since, self._limit = time.monotonic(), seconds
         try:
             yield
         finally:
-            self._since, self._limit = time.monotonic(), limit
+            self._since, self._limit = time.monotonic(), before
 
     def _watch(self) -> None:
+        shown = False
         while True:
             time.sleep(_LOOKS_EVERY)
             limit = self._limit
@@ -62,8 +65,12 @@ class Watchdog:
                 continue
             # Where the main thread never lets go of the interpreter, this thread does not run either.
             faulthandler.dump_traceback_later(limit + 2 * _OTHERS_FOLLOW, exit=True)
-            if time.monotonic() - self._since > limit:
+            stands = time.monotonic() - self._since
+            if stands > limit:
                 self._end()
+            elif stands > _STANDS_AFTER_SIGNAL and not shown and signal_has_arrived():
+                shown = True  # it may be a long step yet: the rank goes on if it can
+                _print_stacks(f"rank {self._rank} was asked to end, and has not moved for {stands:.0f} s")
 
     def _end(self) -> None:
         count = self._count
@@ -85,10 +92,14 @@ class Watchdog:
             told += (
                 f"; rank {names} holds up the others" if len(behind) == 1 else f"; ranks {names} hold up the others"
             )
-        print(f"error: {told}. Its stack:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
+        _print_stacks(f"error: {told}")
         os._exit(HUNG)
 
     def _key(self, rank: int) -> str:
         return f"lorasp stands still/{rank}"
+
+
+def _print_stacks(told: str) -> None:
+    print(f"{told}. Its stack:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    sys.stderr.flush()

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasp.adapter import AdaptedLinear, ExamplesAtHand, find_targets
+from lorasp.adapter import AdaptedLinear, find_targets
+from lorasp.dropout import ExamplesAtHand
 from lorasp.live_tensors import LiveTensors
 from lorasp.recipe import Adapter, Quantization, RecipeError
 

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+import transformers
 
 from lorasp.data.random_tokens import random_tokens
 from lorasp.models.build import build_on_meta, filled_units
+from lorasp.models.classes import open_weights
 from lorasp.models.random_weights import RandomWeights
-from lorasp.models.weights import load_config, locate_model, open_weights
+from lorasp.models.weights import load_config, locate_model
 from lorasp.recipe import Model, Recipe, RecipeError, named_shapes
 from lorasp.recipe_loading import load_recipe
 from lorasp.run import read_data
@@ -24,7 +25,7 @@ TINY = {
     "vocab_size": 300,
     "initializer_range": 0.05,
 }
-# Of the papers and model cards, biases apart: LLaMA (arXiv 2302.13971) and Llama 2.
+# Of the papers and model cards: LLaMA (arXiv 2302.13971), Llama 2, RoBERTa (with the head that it is pretrained with).
 PARAMETERS = {
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
@@ -33,6 +34,11 @@ PARAMETERS = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
+    "roberta-base": 124_697_433,  # arXiv 1907.11692's 125 M and 355 M, the head of pretraining included
+    "roberta-large": 355_412_057,
+    "t5-small": 60_506_624,  # arXiv 1910.10683, as released: the head is the embedding
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
 }
 
 
@@ -48,7 +54,7 @@ def test_a_named_shape_has_the_parameters_of_the_published_model(name):
     settings = Model(path=name, weights="random")
     config = load_config(locate_model(settings), settings)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = getattr(transformers, config.architectures[0])(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 

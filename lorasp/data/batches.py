@@ -6,7 +6,7 @@ whole: so no rank asks another for anything.
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -110,8 +110,11 @@ def training_batches(
     rank: int,
     world_size: int,
     start_step: int = 0,
+    collate: Callable[[Sequence[Example], Sequence[int]], Batch] = collate,
 ) -> Iterator[TrainingStep]:
     """This rank's micro batches of every optimizer step from `start_step` on.
+
+    collate: of another task's examples, and batches.
 
     `order.global_batch_size` must be a multiple of `micro_batch_size * world_size`; the quotient is the accumulation.
     Both sizes count the order's units: examples, or packs of them.
@@ -139,7 +142,13 @@ def _keyed(batch: Batch, order: SampleOrder, step: int) -> Batch:
     return replace(batch, keys=tuple(stream_key(order.seed, "example", step, row) for row in batch.rows))
 
 
-def evaluation_batches(examples: Sequence[Example], micro_batch_size: int, rank: int, world_size: int) -> list[Batch]:
+def evaluation_batches(
+    examples: Sequence[Example],
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    collate: Callable[[Sequence[Example], Sequence[int]], Batch] = collate,
+) -> list[Batch]:
     """This rank's batches of the whole data set: as many on every rank, each example once over all of them."""
     forwards = math.ceil(len(examples) / (micro_batch_size * world_size))
     lengths = [len(example.input_ids) for example in examples]

@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 from lorasp.data.sources import Placed, hub_commit, read_source
 from lorasp.recipe import RecipeError, Source
 
-Layout = Literal["alpaca", "prompt_completion", "chat", "tokens"]  # the last: random_tokens.py
+# The last two: pairs.py, random_tokens.py
+Layout = Literal["alpaca", "prompt_completion", "chat", "pairs", "tokens"]
 
 # Layout -> (columns that a row must have, those that it may have). The first one tells the layout; the layouts stand
 # in the order in which they are looked for: chats of the hub often carry their first message as `prompt` too.

@@ -71,15 +71,18 @@ def hub_commit(source: Source) -> str | None:
 
 
 def read_source(source: Source) -> Placed:
-    """All rows, or the first `source.limit`. A hub data set is read from the cache: `hub_snapshot` downloads it.
+    """The rows behind the first `source.skip`, at most `source.limit` of them.
+
+    A hub data set is read from the cache: `hub_snapshot` downloads it.
 
     Raises RecipeError naming the file, and the line at fault.
     """
-    placed = _read_hub(source) if is_on_hub(source) else _read_file(Path(source.path), source.limit)
-    if not placed:
+    end = None if source.limit is None else source.skip + source.limit
+    placed = _read_hub(source, end) if is_on_hub(source) else _read_file(Path(source.path), end)
+    if len(placed) <= source.skip:
         where = f"{source.path}: split {source.split!r}" if is_on_hub(source) else source.path
-        raise RecipeError(f"{where}: has no rows")
-    return placed
+        raise RecipeError(f"{where}: has no rows{f' behind the first {source.skip:,}' if placed else ''}")
+    return placed[source.skip :]
 
 
 def _read_file(path: Path, limit: int | None) -> Placed:
@@ -120,14 +123,14 @@ def _read_lines(path: Path, text: str, limit: int | None) -> Placed:
     return placed
 
 
-def _read_hub(source: Source) -> Placed:
+def _read_hub(source: Source, limit: int | None) -> Placed:
     snapshot = hub_snapshot(source, download=False)
     import datasets  # seconds to import: only where a hub data set is named
 
     try:
         # Streamed from the snapshot: no second copy in Arrow's cache, which ranks would have to take turns to write.
         data = datasets.load_dataset(str(snapshot), source.subset, split=source.split, streaming=True)
-        rows = list(itertools.islice(data, source.limit))
+        rows = list(itertools.islice(data, limit))
     except Exception as error:  # its own, Arrow's, ValueError for an unknown split or subset
         # One line of it, as it lists what splits or subsets there are below its first one.
         reason = " ".join(str(error).replace(str(snapshot), source.path).split()) or type(error).__name__

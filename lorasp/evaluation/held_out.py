@@ -1,12 +1,13 @@
 """Held-out loss and exact match, from one forward an example."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from lorasp.data.batches import evaluation_batches
+from lorasp.data.batches import Batch, collate, evaluation_batches
 from lorasp.data.examples import Example
 from lorasp.zero.engine import Engine
 
@@ -25,6 +26,24 @@ class HeldOutScore:
     examples: int
     tokens: int
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {"held_out_loss": self.loss, "exact_match": self.exact_match}
+
+    @property
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """See `tasks.base.Score`."""
+        of_all = {"metrics": self.numbers, "count": self.examples}
+        return {"reported": {"metric": "held_out_loss", "score": self.loss, "higher_is_better": False, **of_all}}
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def told(self) -> str:
+        return f"loss {self.loss:.4f} nats a token, exact match {self.exact_match:.1%} of {self.examples}"
+
 
 @torch.no_grad()
 def score_held_out(
@@ -36,14 +55,16 @@ def score_held_out(
     world_size: int,
     device: torch.device,
     before_batch: Callable[[], None] = lambda: None,
+    collate: Callable[[Sequence[Example], Sequence[int]], Batch] = collate,
 ) -> HeldOutScore:
     """Scores each example once over all ranks. Collective; all ranks get the same score.
 
-    before_batch: called on all ranks before each forward; what it raises ends the scoring.
+    before_batch: called on all ranks before each forward; what it raises ends the scoring. collate: of another task's
+    batches.
     """
     engine.train_mode(False)
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in evaluation_batches(examples, micro_batch_size, rank, world_size):
+    for batch in evaluation_batches(examples, micro_batch_size, rank, world_size, collate):
         before_batch()
         losses, correct = engine(**batch.model_inputs(device), score=True)
         right = [part.all() for part in correct.split(batch.label_counts) if part.numel()]

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasp.adapter import AdaptedLinear, adapted_linears
-from lorasp.checkpoint import SavedAdapter, write_tensors_whole, write_text_whole
+from lorasp.checkpoint import SavedAdapter, write_tensors_whole
 from lorasp.finished_run import FinishedRun
+from lorasp.whole_files import write_text_whole
 
 
 def write_peft(directory: Path, run: FinishedRun, model: nn.Module, base_name: str) -> None:

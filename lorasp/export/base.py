@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from lorasp.adapter import AdaptedLinear
-from lorasp.checkpoint import save_model, write_text_whole
+from lorasp.checkpoint import save_model
 from lorasp.export.adapter import dense_factors
 from lorasp.finished_run import FinishedRun
 from lorasp.models.build import filled_units
 from lorasp.models.causal_lm import CausalLM
 from lorasp.models.weights import Checkpoint
 from lorasp.quantization import ShardedLinear
+from lorasp.whole_files import write_text_whole
 
 _PACKED_EXTRA_BYTES = 2048  # the tables and JSON that bitsandbytes' layout repeats with each linear
 

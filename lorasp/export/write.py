@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from lorasp.adapter import adapted_linears
-from lorasp.checkpoint import write_text_whole
 from lorasp.export.adapter import write_peft
 from lorasp.export.base import merged_bytes, packed_bytes, write_merged, write_packed
 from lorasp.export.card import model_card
@@ -21,6 +20,7 @@ from lorasp.models.causal_lm import CausalLM
 from lorasp.models.weights import Checkpoint, load_config, load_tokenizer
 from lorasp.recipe import RecipeError
 from lorasp.reporting.console import Console
+from lorasp.whole_files import write_text_whole
 
 ADAPTER_BESIDE = "adapter"  # where bnb4bit puts the adapter; in one directory transformers would load both by itself
 _WRITING = ".export.writing"

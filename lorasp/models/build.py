@@ -12,19 +12,18 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lorasp.adapter import AdaptedLinear, find_targets
+from lorasp.adapter import AdaptedLinear, find_targets, trained_linears
+from lorasp.head import SelectedLinear
 from lorasp.host_memory import return_freed_memory
 from lorasp.models.attention import ATTENTION
-from lorasp.models.causal_lm import CausalLM
+from lorasp.models.classes import model_class
+from lorasp.models.task_model import TaskModel
 from lorasp.models.weights import Checkpoint
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Quantization, Recipe, RecipeError
-
-# Settings by which some architectures change the logits behind the head's back.
-_UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Unit:
 
 def build_on_meta(
     config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype, attention: str = ATTENTION, *, draws: bool = True
-) -> CausalLM:
+) -> TaskModel:
     """The model with its linears replaced and adapters attached; every base parameter is on the meta device.
 
     attention: transformers' name of another implementation, for one that keeps a cache. draws: False where only sizes
@@ -47,37 +46,38 @@ def build_on_meta(
     another way than the recipe says.
     """
     kept_dense = _check_stored_quantization(config, recipe.quantization)
-    for setting in _UNSUPPORTED_LOGITS:
-        if getattr(config, setting, None) not in (None, 1.0):
-            raise RecipeError(f"model.path: {config.model_type} scales its logits ({setting}), which is not supported")
-    config = copy.deepcopy(config)
+    kind = model_class(recipe)
+    config = kind.configured(copy.deepcopy(config), recipe)
     vars(config).pop("quantization_config", None)  # how the checkpoint is stored is `fill_and_shard`'s matter
     try:
         # Buffers are made for real: rotary frequencies are computed, not loaded.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = kind.auto_class.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=recipe.model.trust_remote_code
             )
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"model.path: {config.model_type} is no causal language model here ({reason})") from None
+        raise RecipeError(f"model.path: {config.model_type} is no {kind.is_called} here ({reason})") from None
     # Registering on meta made a copy of each tied parameter.
     model.tie_weights()
-    _replace_linears(model, recipe, dtype, kept_dense, recipe.seed if draws else None)
+    _replace_linears(model, kind.head_linears(model), recipe, dtype, kept_dense, recipe.seed if draws else None)
     model.requires_grad_(recipe.method == "full")
-    for module in model.modules():
-        if isinstance(module, AdaptedLinear):
-            module.A.requires_grad_(True)
-            module.B.requires_grad_(True)
-    # The first layer's input must carry a gradient: a ZeRO-3 leaf whose input has none fails in backward.
-    model.enable_input_require_grads()
-    return CausalLM(model, offload_activations=recipe.training.offload_activations)
+    for linear in trained_linears(model):
+        for parameter in map(linear.get_parameter, linear.trained_parts):
+            parameter.requires_grad_(True)
+    kind.let_gradients_in(model)
+    return kind(model, offload_activations=recipe.training.offload_activations)
 
 
 def units(model: PreTrainedModel) -> Iterator[Unit]:
     """The model's units in order; together they hold each parameter once."""
-    whole = set(model._no_split_modules or ())
-    layers = [(name, module) for name, module in model.named_modules() if type(module).__name__ in whole]
+    whole, embedding = set(model._no_split_modules or ()), model.get_input_embeddings()
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        # A BERT's embeddings are not to be split either; but their input has no gradient, as a leaf's must.
+        if type(module).__name__ in whole and not any(part is embedding for part in module.modules())
+    ]
     if not layers:
         raise RecipeError(f"model.path: {type(model).__name__} names no layers that could be sharded one by one")
     inside = tuple(f"{name}." for name, _ in layers)
@@ -99,7 +99,7 @@ def call_within_layers(model: PreTrainedModel, function: Callable[[], None]) -> 
 
 
 def fill_and_shard(
-    model: CausalLM,
+    model: TaskModel,
     checkpoint: Checkpoint,
     *,
     device: torch.device,
@@ -284,15 +284,27 @@ def _check_stored_quantization(config: PreTrainedConfig, ours: Quantization) -> 
 
 
 def _replace_linears(
-    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, kept_dense: list[str], seed: int | None
+    model: PreTrainedModel,
+    head: list[str],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    kept_dense: list[str],
+    seed: int | None,
 ) -> None:
-    head = model.get_output_embeddings()
+    """head: names of the linears that are trained beside adapters."""
+    output = model.get_output_embeddings()
     linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output
     }
-    targets = set() if recipe.method == "full" else find_targets(linears, recipe.adapter.target_modules)
+    targets: set[str] = set()
+    if recipe.method != "full":
+        adaptable = {name: linear for name, linear in linears.items() if name not in head}
+        targets = find_targets(adaptable, recipe.adapter.target_modules)
+    drawn = {"strategy": recipe.selection.strategy, "seed": seed}
     for name, linear in linears.items():
-        quantized = should_convert_module(name, kept_dense)
+        quantized = name not in head and should_convert_module(name, kept_dense)
         quantization = recipe.quantization if quantized else Quantization(format="none")
         common = {"bias": linear.bias is not None, "quantization": quantization, "dtype": dtype}
         if name in targets:
@@ -302,10 +314,13 @@ def _replace_linears(
                 linear.out_features,
                 **common,
                 adapter=recipe.adapter,
-                strategy=recipe.selection.strategy,
                 fraction=recipe.effective_fraction,
-                seed=seed,
+                **drawn,
             )
+        elif name in head and recipe.method != "full":
+            del common["quantization"]
+            fraction = 1.0 if recipe.adapter.head == "whole" else recipe.effective_fraction
+            new = SelectedLinear(name, linear.in_features, linear.out_features, **common, fraction=fraction, **drawn)
         else:
             new = ShardedLinear(linear.in_features, linear.out_features, **common, trained=recipe.method == "full")
         parent, _, last = name.rpartition(".")
@@ -350,7 +365,7 @@ def _check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     ignorable = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
     unexpected = sorted(
         name
-        for name in checkpoint.names() - set(expected)
+        for name in checkpoint.names() - set(expected) - tied  # T5 files may have the table under three names
         if not any(re.search(pattern, name) for pattern in ignorable)
     )
     wrong = [

@@ -1,15 +1,16 @@
 """A Hugging Face decoder with a head that never returns the logits of a batch."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lorasp.adapter import ExamplesAtHand, adapted_linears
 from lorasp.models.kept_states import KeptStates
+from lorasp.models.task_model import ENCODERS, TaskModel
+from lorasp.recipe import Recipe, RecipeError
+
+# Settings by which some architectures change the logits behind the head's back.
+_UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 # Rows of logits at a time: 64 MiB in fp32 for a vocabulary of 128 k. Chunks of 8 would give a fifth of the speed (15
 # against 47 to 70 GFLOP/s on a CPU core).
@@ -129,30 +130,30 @@ class _CrossEntropySum(torch.autograd.Function):
         return *grads, None
 
 
-def needless_in_backward(model: "CausalLM") -> Iterator[nn.Module]:
-    """Modules with weights that no backward reads: a frozen embedding, and a frozen head, whose gradients are made in
-    forward.
-    """
-    for module in (model.model.get_input_embeddings(), model.model.get_output_embeddings()):
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            yield module
+class CausalLM(TaskModel):
+    """A Hugging Face causal language model, of which only the positions asked for reach the head."""
 
-
-class CausalLM(nn.Module):
-    """A Hugging Face causal language model, of which only the positions asked for reach the head.
-
-    offload_activations: what the decoder keeps for backward waits in the host's memory (on a CPU it is there already).
-    """
+    auto_class = AutoModelForCausalLM
+    is_called = "causal language model"
 
     def __init__(self, model: PreTrainedModel, *, offload_activations: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self.offload_activations = offload_activations
-        self._examples = ExamplesAtHand()
-        for linear in adapted_linears(model):
-            linear.examples = self._examples
+        super().__init__(model, offload_activations=offload_activations)
         head = model.get_output_embeddings()
         model.set_output_embeddings(Head(head.weight, head.bias))
+
+    @classmethod
+    def configured(cls, config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
+        if config.model_type in ENCODERS and not config.is_decoder:  # transformers would build it all the same
+            raise RecipeError(
+                f"model.path: {config.model_type} is no {cls.is_called}: it sees what it would have to predict; give "
+                f"a decoder, or name the task that it is to learn (task: rte)"
+            )
+        for setting in _UNSUPPORTED_LOGITS:
+            if getattr(config, setting, None) not in (None, 1.0):
+                raise RecipeError(
+                    f"model.path: {config.model_type} scales its logits ({setting}), which is not supported"
+                )
+        return config
 
     def forward(
         self,
@@ -171,12 +172,9 @@ class CausalLM(nn.Module):
         returns for them. example_keys: of their dropout masks. kept_states: what examples go on from (their positions
         then start behind it), and leave behind.
         """
-        self._examples.lengths, self._examples.keys = example_lengths, example_keys or (0,) * len(example_lengths)
         decoder = self.model.get_decoder()
-        kept = contextlib.nullcontext()
-        if self.offload_activations:
-            kept = torch.autograd.graph.save_on_cpu(pin_memory=input_ids.is_cuda)
-        with kept:
+        self.hold(example_lengths, example_keys)
+        with self.keeping(input_ids.device):
             hidden = decoder(
                 # A passed attention mask, even of ones, or a cache would make examples attend to each other.
                 input_ids=input_ids,

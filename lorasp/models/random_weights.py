@@ -17,14 +17,23 @@ class RandomWeights:
     """Stands for a `Checkpoint` of a configuration's true shapes, without a file.
 
     Matrices are normal with the configuration's deviation, norms one, biases zero, in bfloat16 as such checkpoints
-    are. A tensor is a function of (seed, name): the same on whichever rank it is made.
+    are. A tensor is a function of (seed, name): the same on whichever rank it is made. auto_class: transformers' own,
+    of the model that the weights are for.
     """
 
-    def __init__(self, config: PreTrainedConfig, seed: int, directory: Path, *, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        seed: int,
+        directory: Path,
+        *,
+        trust_remote_code: bool,
+        auto_class: type = AutoModelForCausalLM,
+    ) -> None:
         self.directory, self._seed = directory, seed
         self._deviation = getattr(config, "initializer_range", None) or 0.02
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()  # registering on meta made a copy of each tied parameter
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.digests: dict[str, str] = {}

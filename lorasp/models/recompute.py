@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorasp.dropout import DropoutSeeds
 from lorasp.models.attention import attend_each
 from lorasp.models.kept_states import KeptStates
-from lorasp.quantization import DropoutSeeds, ShardedLinear
+from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Quantization
 
 _PARTS = {

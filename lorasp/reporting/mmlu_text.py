@@ -5,12 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Wu et al. (2024), Table 3: 5-shot MMLU in percent of LLaMA after Alpaca, by method. (Its fourth row says 7B, but its
-# number of parameters is the 13B's.)
-_PAPER = {
-    "LLaMA-7B": {"full": 39.8, "lora": 38.9, "lorasp": 39.0},
-    "LLaMA-13B": {"full": 47.8, "lora": 45.3, "lorasp": 45.4},
-}
+from lorasp.reporting.paper import paper_row
+
 # hidden size, layers, MLP width. Llama 2 has the same, and takes 4096 tokens.
 _SHAPES = {(4096, 32, 11008): "LLaMA-7B", (5120, 40, 13824): "LLaMA-13B"}
 _LLAMA_TOKENS = 2048
@@ -23,7 +19,7 @@ def paper_figure(config: PreTrainedConfig, method: str) -> dict[str, Any] | None
     model = _SHAPES.get(shape)
     if model is None or config.model_type != "llama" or config.max_position_embeddings != _LLAMA_TOKENS:
         return None
-    return {"model": model, "accuracy": _PAPER[model][method] / 100}
+    return {"model": model, "accuracy": paper_row(3, model, method).scores["mmlu"] / 100}
 
 
 def mmlu_line(step: int, score: Mapping[str, Any], shots: int) -> str:

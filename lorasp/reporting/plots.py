@@ -16,12 +16,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lorasp.memory import NOT_RESIDENT, WORKSPACE
+from lorasp.reporting.report_text import loss_unit
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _GREY = "#9A9A9A"
 _PHASES = {"load": "#56B4E9", "rehearse": "#CC79A7", "evaluate": "#E69F00", "train": "#009E73", "save": "#000000"}
 _WIDTH = 9.0  # inches: at 100 dots an inch as wide as GitHub's column
-_STYLE = {
+STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 12.5,
     "axes.titleweight": "bold",
@@ -35,7 +36,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
 }
 _MOST_ROWS = 24  # bars that one picture shows
-_NAMED_RANKS = len(_COLOURS)
+_NAMED_RANKS = len(COLOURS)
 
 
 def draw_plots(report: Mapping[str, Any], directory: Path) -> dict[str, Path]:
@@ -50,20 +51,20 @@ def draw_plots(report: Mapping[str, Any], directory: Path) -> dict[str, Path]:
         "throughput": _throughput,
     }
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in drawings.items():
             figure, path = draw(report), directory / f"{name}.png"
             path.unlink(missing_ok=True)  # an earlier run's
             if figure is not None:
-                _save(figure, path)
+                save_figure(figure, path)
                 drawn[name] = path
     return drawn
 
 
 def draw_sweep(peaks: Mapping[int, Mapping[int, int]], path: Path) -> None:
     """Writes a plan's sweep: a line a length in tokens, of the bytes that a rank holds at most, by ranks."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(4.0)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(4.0)
         for (length, of_ranks), colour in zip(peaks.items(), _cycle(), strict=False):
             sizes = [size / 2**30 for size in of_ranks.values()]
             axes.plot(list(of_ranks), sizes, "o-", color=colour, label=f"{length} tokens a row")
@@ -73,10 +74,10 @@ def draw_sweep(peaks: Mapping[int, Mapping[int, int]], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.set(title="Planned peak of a rank", xlabel="ranks", ylabel="GiB")
         axes.legend()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -86,7 +87,7 @@ def _save(figure: Figure, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _figure(height: float, **subplots: Any) -> tuple[Figure, Any]:
+def new_figure(height: float, **subplots: Any) -> tuple[Figure, Any]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots(**subplots)
 
@@ -96,19 +97,23 @@ def _loss(report: Mapping[str, Any]) -> Figure | None:
     held_out = _points(report["scores"], "held_out_loss")
     if not train and not held_out:
         return None
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     if train:
-        axes.plot(*zip(*train, strict=True), color=_COLOURS[0], marker=_marker(train), label="training batch")
+        axes.plot(*zip(*train, strict=True), color=COLOURS[0], marker=_marker(train), label="training batch")
     if held_out:
         axes.plot(
-            *zip(*held_out, strict=True), color=_COLOURS[1], marker="D", markersize=7, linestyle=":", label="held out"
+            *zip(*held_out, strict=True), color=COLOURS[1], marker="D", markersize=7, linestyle=":", label="held out"
         )
     values = [loss for _, loss in train + held_out]
     if min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 100 * min(values) else "")
-    axes.set(title="Loss", xlabel="optimizer step", ylabel="nats a labelled token")
+    axes.set(
+        title="Loss",
+        xlabel="optimizer step",
+        ylabel=loss_unit(report.get("recipe", {})).replace("a token", "a labelled token"),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
@@ -120,16 +125,16 @@ def _throughput(report: Mapping[str, Any]) -> Figure | None:
     seconds = _points(report["history"], "step_seconds")
     if not real or not seconds:
         return None
-    figure, (tokens, steps) = _figure(3.2, ncols=2)
+    figure, (tokens, steps) = new_figure(3.2, ncols=2)
     if computed != real:
         tokens.plot(
-            *zip(*computed, strict=True), color=_COLOURS[1], marker=_marker(computed), linestyle="--", label="computed"
+            *zip(*computed, strict=True), color=COLOURS[1], marker=_marker(computed), linestyle="--", label="computed"
         )
-    tokens.plot(*zip(*real, strict=True), color=_COLOURS[0], marker=_marker(real), label="of examples")
+    tokens.plot(*zip(*real, strict=True), color=COLOURS[0], marker=_marker(real), label="of examples")
     tokens.set(title="Throughput, all ranks", xlabel="optimizer step", ylabel="tokens a second")
     if computed != real:
         tokens.legend()
-    steps.plot(*zip(*seconds, strict=True), color=_COLOURS[2], marker=_marker(seconds))
+    steps.plot(*zip(*seconds, strict=True), color=COLOURS[2], marker=_marker(seconds))
     steps.set(title="Time of an optimizer step", xlabel="optimizer step", ylabel="seconds")
     for axes in (tokens, steps):
         axes.set_ylim(0, 1.08 * axes.dataLim.y1)
@@ -150,7 +155,7 @@ def _memory(report: Mapping[str, Any]) -> Figure | None:
     )
     unit, unit_name = _unit(max(max(rank["peak_bytes"]) for rank in timeline))
 
-    figure, axes = _figure(4.3)
+    figure, axes = new_figure(4.3)
     kinds = {}
     for kind, begin, end in _stretches(timeline[0]):
         colour = _PHASES.get(kind, _GREY)
@@ -209,7 +214,7 @@ def _memory_parts(report: Mapping[str, Any]) -> Figure | None:
     unit, unit_name = _unit(max(rank["peak_bytes"] for _, rank in bars))
 
     # In inches, since constrained layout gives the bars what the words leave over.
-    figure, axes = _figure(1.5 + 0.3 * len(bars))
+    figure, axes = new_figure(1.5 + 0.3 * len(bars))
     for row, (_, rank) in enumerate(bars):
         left = 0.0
         for part, colour in colours.items():
@@ -277,12 +282,12 @@ def _runs(phases: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def _cycle() -> Iterator[str]:
     while True:
-        yield from _COLOURS
+        yield from COLOURS
 
 
 def _rank_colours(ranks: int) -> list[Any]:
     if ranks <= _NAMED_RANKS:
-        return list(_COLOURS[:ranks])
+        return list(COLOURS[:ranks])
     return [matplotlib.colormaps["viridis"](0.9 * rank / (ranks - 1)) for rank in range(ranks)]
 
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from lorasp.glue import GLUE
 from lorasp.memory import NOT_RESIDENT, WORKSPACE, gib, mib
+from lorasp.reporting.markdown import table
 from lorasp.reporting.mmlu_text import mmlu_note, mmlu_rows
 
 _METHODS = {"lorasp": "LoRA-SP", "lora": "LoRA", "full": "full fine-tuning"}
@@ -64,7 +66,9 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
         sections.insert(
             1, f"**The run {_inline(' '.join(report['status'].split()))}.** What follows is what it reached."
         )
-    sections += _metrics_section(report["metrics"])
+    sections += _metrics_section(report["metrics"], loss_unit(report["recipe"]))
+    sections += _splits_section(report)
+    sections += _translations_section(report.get("reported", {}))
     sections.append(pictures.get("loss", ""))
     sections += _mmlu_section(report.get("mmlu"))
     sections += _lm_eval_section(report.get("lm_eval"))
@@ -89,6 +93,11 @@ def _headline(report: Mapping[str, Any]) -> str:
         if after is not None:
             values = (f"{value * scale:.{places}f}{unit}" for value in (before, after) if value is not None)
             parts.append(f"{text} {' → '.join(values)}")
+    reported = report.get("reported", {})
+    if "majority" in reported:
+        name = reported["metric"]
+        values = (f"{metrics[key]:.3f}" for key in (f"{name}_before", f"{name}_after") if metrics.get(key) is not None)
+        parts.insert(0, f"{name} {' → '.join(values)}")
     return ", ".join(parts) or report["status"].partition(":")[0]
 
 
@@ -122,7 +131,38 @@ def _parameters_line(parameters: Mapping[str, int]) -> str:
     )
 
 
-def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
+def loss_unit(recipe: Mapping[str, Any]) -> str:
+    """What the loss of the recipe's task is counted in."""
+    task = recipe.get("task", "causal_lm")
+    if task not in GLUE:
+        return "nats a token"
+    return "squared error" if GLUE[task].is_regression else "nats a row"
+
+
+def _splits_section(report: Mapping[str, Any]) -> list[str]:
+    """Of a classifier: each set that was scored, beside who always answers the same. A text's are above already."""
+    rows = [
+        (
+            _words(name),
+            f"**{metric}**" if metric == split["metric"] else _words(metric),
+            _number(value),
+            _number(split["majority"].get(metric)),
+            f"{split['count']:,}",
+        )
+        for name in ("selection", *(name for name in report if name.startswith("reported")))
+        for split in [report.get(name, {})]
+        if "majority" in split
+        for metric, value in split["metrics"].items()
+    ]
+    if not rows:
+        return []
+    told = "The majority answers every row with the commonest label of the training rows (scores: with their mean)."
+    if "selection" in report:
+        told += " Settings are to be chosen on the selection rows, which are of train and were not trained."
+    return ["## Scores", told, table(("rows", "metric", "score", "majority's", "count"), rows, "llrrr")]
+
+
+def _metrics_section(metrics: Mapping[str, float | None], loss_unit: str) -> list[str]:
     names = dict.fromkeys(name.removesuffix("_before").removesuffix("_after") for name in metrics)
     rows = []
     for name in names:
@@ -131,9 +171,20 @@ def _metrics_section(metrics: Mapping[str, float | None]) -> list[str]:
         else:
             before, after = None, metrics[name]
         label, scale = _label(name)
+        label = label.replace("nats a token", loss_unit)
         cells = ("–" if value is None else _number(value * scale) for value in (before, after))
         rows.append((label, *cells))
-    return ["## Results", _table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+    return ["## Results", table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+
+
+def _translations_section(reported: Mapping[str, Any]) -> list[str]:
+    if "bleu_signature" not in reported:
+        return []
+    return [
+        f"BLEU is sacrebleu's, `{reported['bleu_signature']}`, of {reported['count']:,} sentences; ROUGE is "
+        f"rouge-score's mean F1 in %, without stemming, which cuts words at letters outside a to z. The translations "
+        f"are in `translations.txt`."
+    ]
 
 
 def _mmlu_section(mmlu: Mapping[str, Any] | None) -> list[str]:
@@ -142,7 +193,7 @@ def _mmlu_section(mmlu: Mapping[str, Any] | None) -> list[str]:
     sections = ["## MMLU", mmlu_note(mmlu)]
     for title, (header, *rows) in mmlu_rows(mmlu):
         sections += [f"### {title.capitalize()}"] if title else []
-        sections.append(_table(header, rows, ("r" if not title else "l") + "r" * (len(header) - 1)))
+        sections.append(table(header, rows, ("r" if not title else "l") + "r" * (len(header) - 1)))
     return sections
 
 
@@ -157,7 +208,7 @@ def _lm_eval_section(results: Mapping[str, Any] | None) -> list[str]:
         for metric, value in its["metrics"].items()
     ]
     header = ("task", "metric", "value", "standard error")
-    return [f"## lm-evaluation-harness {results['version']}", _table(header, rows, "llrr")]
+    return [f"## lm-evaluation-harness {results['version']}", table(header, rows, "llrr")]
 
 
 def _samples_section(samples: Sequence[Mapping[str, str]]) -> list[str]:
@@ -165,7 +216,7 @@ def _samples_section(samples: Sequence[Mapping[str, str]]) -> list[str]:
         return []
     header = ("prompt", "expected", "before training", "after training")
     rows = [[_cell(sample.get(key, "")) for key in ("prompt", "expected", "before", "after")] for sample in samples]
-    return ["## Sample answers", _table(header, rows, "llll")]
+    return ["## Sample answers", table(header, rows, "llll")]
 
 
 def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
@@ -199,7 +250,7 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
         f"Measured by {_inline(', '.join(_sources(report)))}. The baseline is what the process held before the model: "
         "libraries and data.",
         pictures.get("memory", ""),
-        _table(header, rows, "l" + "r" * (len(header) - 1)),
+        table(header, rows, "l" + "r" * (len(header) - 1)),
     ]
     if drift := report.get("drift"):
         told = "; ".join(
@@ -229,7 +280,7 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
         "Parts are counted from the tensors that a rank holds. The workspace is what remains of the peak: "
         "activations, buffers, libraries loaded in that phase, and what the allocator keeps.",
         pictures.get("memory_parts", ""),
-        _table(header, rows, "l" + "r" * (len(header) - 1)),
+        table(header, rows, "l" + "r" * (len(header) - 1)),
     ]
     return parts
 
@@ -242,12 +293,12 @@ def _throughput_section(throughput: Mapping[str, Any]) -> list[str]:
         "mfu": "MFU: share of the ranks' measured matrix-product limit that the model needs for its real tokens",
     }
     rows = [(labels.get(name, _words(name)), _number(value)) for name, value in throughput.items() if name != "ranks"]
-    sections = ["## Throughput", _table(("measure", "value"), rows, "lr")] if rows else []
+    sections = ["## Throughput", table(("measure", "value"), rows, "lr")] if rows else []
     if ranks := throughput.get("ranks"):
         sections += [
             "Seconds of a step by part, medians. gather and reduce include waiting for the slowest rank; compute is "
             "the rest.",
-            _table(
+            table(
                 tuple(ranks[0]), [[_number(value) for value in rank.values()] for rank in ranks], "r" * len(ranks[0])
             ),
         ]
@@ -270,7 +321,7 @@ def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
         rows.append([_number(value * scale if isinstance(value, float) else value) for value, scale in values])
     header = [labels[name][0] for name in names]
     note = f"{count} of {len(history)} log points; all are in `report.json`." if count < len(history) else ""
-    return ["## Course of training", note, _table(header, rows, "r" * len(names))]
+    return ["## Course of training", note, table(header, rows, "r" * len(names))]
 
 
 def _data_section(data: Mapping[str, Any]) -> list[str]:
@@ -278,7 +329,7 @@ def _data_section(data: Mapping[str, Any]) -> list[str]:
     names = list(dict.fromkeys(name for described in data.values() for name in described))
     rows = [(_words(name), *(_cell(_value(described.get(name, ""))) for described in data.values())) for name in names]
     header = ("property", *(_words(kind) for kind in data))
-    return ["## Data", _table(header, rows, "l" * len(header))] if rows else []
+    return ["## Data", table(header, rows, "l" * len(header))] if rows else []
 
 
 def _origin_section(report: Mapping[str, Any]) -> list[str]:
@@ -288,30 +339,13 @@ def _origin_section(report: Mapping[str, Any]) -> list[str]:
     return [
         "## What made this",
         f"```\n{report['command']}\n```",
-        _table(("component", "version or value"), rows, "ll"),
+        table(("component", "version or value"), rows, "ll"),
         "The resolved recipe is in `report.json`.",
     ]
 
 
 def _sources(report: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(rank["source"] for phase in report["phases"].values() for rank in phase["ranks"]))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
-    """A Markdown table; `alignment` has an l or r for each column. Padded, so that the source can be read as well."""
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(header, *rows, strict=True)]
-    # One long answer would otherwise make every row of the source as wide.
-    widths = [min(width, 60) for width in widths]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(width) if side == "r" else cell.ljust(width)
-            for cell, width, side in zip(cells, widths, alignment, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rules = ("-" * (w - 1) + ":" if side == "r" else "-" * w for w, side in zip(widths, alignment, strict=True))
-    return "\n".join([line(header), f"| {' | '.join(rules)} |", *map(line, rows)])
 
 
 def _cell(text: str) -> str:

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from lorasp.accounting import TrainingFlops
-from lorasp.evaluation.held_out import HeldOutScore
 from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore
 from lorasp.memory import MemoryMeter, gib
 from lorasp.models.recompute import kept_bytes_per_token
@@ -28,7 +27,9 @@ from lorasp.reporting.report_text import format_peaks
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
 from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
+from lorasp.tasks.base import Score
 from lorasp.trainer import Diverged, LogPoint
+from lorasp.whole_files import write_text_whole
 from lorasp.zero.launch import Ranks
 
 FIRST_STEP = "train_first_step"
@@ -55,6 +56,7 @@ class RunLog:
         self._parts: list[tuple[dict[str, float], ...]] = []  # of each rank, at each log point
         self._held_now: list[tuple[int, ...]] = []  # by each rank, at each log point
         self._scores: list[dict[str, float]] = []
+        self._splits: dict[str, dict[str, Any]] = {}
         self._mmlu: list[dict[str, Any]] = []
         self._mmlu_asked: dict[str, Any] = {}
         self._lm_eval: dict[str, Any] | None = None
@@ -223,16 +225,18 @@ class RunLog:
         self._parts.append(parts)
         self._metrics["final_train_loss"] = point.loss
 
-    def scored(self, step: int, score: HeldOutScore) -> None:
-        """A held-out score; that of step 0 is the untrained model's."""
+    def scored(self, step: int, score: Score) -> None:
+        """A score of what is held out; that of step 0 is the untrained model's."""
         when = "after" if step else "before"
-        self._metrics |= {f"held_out_loss_{when}": score.loss, f"exact_match_{when}": score.exact_match}
-        self._scores.append({"step": step, "held_out_loss": score.loss, "exact_match": score.exact_match})
-        self._trackers.scalars(step, {"evaluate/held_out_loss": score.loss, "evaluate/exact_match": score.exact_match})
-        self.console.info(
-            f"held out, step {step}: loss {score.loss:.4f} nats a token, "
-            f"exact match {score.exact_match:.1%} of {score.examples}"
-        )
+        self._metrics |= {f"{name}_{when}": value for name, value in score.numbers.items()}
+        self._scores.append({"step": step, **score.numbers})
+        if step:
+            self._splits = {name: dict(split) for name, split in score.splits.items()}
+        self._trackers.scalars(step, {f"evaluate/{name}": value for name, value in score.numbers.items()})
+        for name, text in score.files.items():
+            if self._ranks.is_main:
+                write_text_whole(self._run_dir / name, text)
+        self.console.info(f"held out, step {step}: {score.told}")
 
     def mmlu_scored(
         self, step: int, evaluation: MmluEvaluation, score: MmluScore, config: PreTrainedConfig, *, whole: bool
@@ -302,6 +306,7 @@ class RunLog:
             status=status,
             timeline=timeline,
             scores=self._scores,
+            splits=self._splits,
             model_commit=model_commit,
             planned=self._planned,
             drift=[{**asdict(its), "share": its.share} for its in drifts],

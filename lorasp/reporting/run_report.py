@@ -68,6 +68,7 @@ def build_report(
     status: str,
     timeline: Sequence[Mapping[str, Sequence[Any]]] = (),
     scores: Sequence[Mapping[str, float]] = (),
+    splits: Mapping[str, Mapping[str, Any]] | None = None,
     command: str | None = None,
     versions: Mapping[str, Any] | None = None,
     model_commit: str | None = None,
@@ -88,7 +89,8 @@ def build_report(
     reach.
     `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
-    `held_out_loss` and `exact_match` of each evaluation.
+    `held_out_loss` and what else the task scores, of each evaluation. `splits`: the last of them split by split, as
+    `tasks.base.Score` has it: `reported`, and `selection`, on which settings may be chosen.
     `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py). `drift`:
     of each rank, as reporting/drift.py has it, with its `share`; none of a run that was too short for any. `hosts`:
     the name of each rank's machine. `mmlu`: what was `asked`, the `scores` (an `MmluScore` and its `step` each) and
@@ -115,6 +117,7 @@ def build_report(
         "samples": [dict(sample) for sample in samples],
         "history": [dict(row) for row in history],
         "scores": [dict(row) for row in scores],
+        **{name: dict(split) for name, split in (splits or {}).items()},
         **({} if mmlu is None else {"mmlu": dict(mmlu)}),
         **({} if lm_eval is None else {"lm_eval": dict(lm_eval)}),
         "timeline": [dict(rank) for rank in timeline],

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lorasp.memory import GATHERED_AT_ONCE
-from lorasp.models.causal_lm import CausalLM, needless_in_backward
+from lorasp.models.task_model import TaskModel
 from lorasp.recipe import Training
 from lorasp.timing import PartTimer
+from lorasp.uncompiled import uncompiled
 from lorasp.zero.launch import LIVE, PREFETCH, Ranks
 from lorasp.zero.sharding import largest_unit_numel, spare_backward_gathers
 
@@ -24,7 +25,7 @@ class Engine:
     The optimizer is torch's AdamW over each rank's flat vector of trained entries: fp32 master, two moments.
     """
 
-    def __init__(self, ranks: Ranks, model: CausalLM, training: Training) -> None:
+    def __init__(self, ranks: Ranks, model: TaskModel, training: Training) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # One group, no "no decay for 1-D parameters" rule: every compact adapter is 1-D.
         optimizer = torch.optim.AdamW(
@@ -42,8 +43,9 @@ class Engine:
             zero.setdefault(LIVE, 2 * zero[PREFETCH])
         self._accelerator = ranks.accelerator
         self._world_size = ranks.world_size
-        self._engine, _ = ranks.accelerator.prepare(model, optimizer)
-        for module in needless_in_backward(model):
+        with uncompiled():  # to see whether the optimizer is Muon, DeepSpeed imports it
+            self._engine, _ = ranks.accelerator.prepare(model, optimizer)
+        for module in model.needless_in_backward():
             spare_backward_gathers(module)
         self.model = model
         self.timer = PartTimer(ranks.device)

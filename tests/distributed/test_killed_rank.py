@@ -1,4 +1,4 @@
-"""A rank that dies takes its run with it, at once and not by a timeout; and what was lost is trained again."""
+"""A rank that dies, raises or stands still takes its run with it, and is named; what was lost is trained again."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lorasp.cli import HUNG
 from tests.distributed.commands import TRAIN, accelerate_on_two, run, start
 from tests.distributed.launching import ROOT
 
@@ -60,6 +61,7 @@ def test_a_rank_killed_while_loading_ends_the_other_with_a_message(rank, tmp_pat
     assert code != 0 and seconds < 60
     assert "SIGKILL" in told and f"local_rank: {rank}" in told
     assert "model:" not in told  # it was loading
+    assert f"rank {1 - rank} ended here" in told and "in load_model" in told  # where the other one stood
     assert not (tmp_path / "runs" / "run" / "report.json").exists()
 
 
@@ -70,17 +72,21 @@ def _of_rank(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-# launch/train.py, of which one rank kills itself at the n-th time that it comes to a place.
-DYING = """
-import itertools, os, pathlib, runpy, signal, sys
+# launch/train.py, of which one rank fails at the n-th time that it comes to a place.
+FAILING = """
+import itertools, os, pathlib, runpy, signal, sys, time
 sys.path.insert(0, {root!r})
-place, rank, nth, marker = sys.argv[1:5]
-sys.argv = [{train!r}, *sys.argv[5:]]
+place, rank, nth, how, marker = sys.argv[1:6]
+sys.argv = [{train!r}, *sys.argv[6:]]
 times = itertools.count(1)
 
 def die():
     if os.environ["RANK"] == rank and next(times) == int(nth):
         pathlib.Path(marker).touch()
+        if how == "sleeps":
+            time.sleep(1000)
+        if how == "raises":
+            raise RuntimeError("the fault of this rank")
         os.kill(os.getpid(), signal.SIGKILL)
 
 def before(owner, name, also=None):
@@ -108,6 +114,8 @@ elif place == "evaluating":
 runpy.run_path({train!r}, run_name="__main__")
 """
 
+HANG_SECONDS = 10
+
 # place -> (ranks that come there, how often at most before the death)
 PLACES = {
     "loading": ((0, 1), 8),
@@ -128,24 +136,26 @@ SETTINGS = (
 )
 
 
-def moments(count: int, seed: int) -> list[tuple[str, int, int]]:
-    """(place, rank, how often the rank comes there first): each place as often as the others, else at random."""
+def moments(count: int, seed: int) -> list[tuple[str, int, int, str]]:
+    """(place, rank, how often the rank comes there first, how): each place as often as the others, else at random."""
     numbers = random.Random(seed)
     drawn = []
     for index in range(count):
         ranks, often = PLACES[place := list(PLACES)[index % len(PLACES)]]
-        drawn.append((place, numbers.choice(ranks), numbers.randint(1, often)))
+        drawn.append((place, numbers.choice(ranks), numbers.randint(1, often), "killed"))
     numbers.shuffle(drawn)
     return drawn
 
 
-def run_dying(command: list[str], moment: tuple[str, int, int], script: Path, home: Path) -> tuple[int, float, str]:
-    """(exit code, seconds from the death to the end, what was told) of the launch."""
-    marker = script.with_suffix(".died")
+def run_failing(
+    command: list[str], moment: tuple[str, int, int, str], script: Path, home: Path
+) -> tuple[int, float, str]:
+    """(exit code, seconds from the failure to the end, what was told) of the launch."""
+    marker = script.with_suffix(".failed")
     marker.unlink(missing_ok=True)
     where = command.index(TRAIN)
-    dying = [*command[:where], str(script), *map(str, moment), str(marker), *command[where + 1 :]]
-    with start(dying, home) as process:
+    failing = [*command[:where], str(script), *map(str, moment), str(marker), *command[where + 1 :]]
+    with start(failing, home) as process:
         told, _ = process.communicate(timeout=180)
         ended = time.time()
     assert marker.exists(), f"{moment} never came:\n{told}"
@@ -156,17 +166,29 @@ def report(run_dir: Path) -> dict:
     return json.loads((run_dir / "report.json").read_text())
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_undisturbed_runs_end(place, home, tmp_path):
-    """One run, killed five times: each death ends both ranks within a minute, and costs at most two steps."""
-    script = tmp_path / "dying.py"
-    script.write_text(DYING.format(root=str(ROOT), train=TRAIN))
+def test_a_run_that_loses_a_rank_at_any_moment_goes_on_to_the_undisturbed_runs_end(place, home, tmp_path):
+    """One run, ended seven times: each time both ranks end within a minute, and at most two steps are lost."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(ROOT), train=TRAIN))
     recipe = (str(place / "tiny.yaml"), f"output_dir={tmp_path}", *SETTINGS)
     calm = run(accelerate_on_two(*recipe, "name=calm"), home)
     assert calm.returncode == 0, calm.stderr
-    for moment in moments(5, seed=0):
-        code, seconds, told = run_dying(accelerate_on_two(*recipe, "name=killed"), moment, script, home)
+    for moment in [*moments(5, seed=0), ("forward", 1, 6, "sleeps"), ("backward", 0, 5, "raises")]:
+        _, rank, _, how = moment
+        patience = [f"health.hang_seconds={HANG_SECONDS}"] if how == "sleeps" else []
+        code, seconds, told = run_failing(accelerate_on_two(*recipe, "name=killed", *patience), moment, script, home)
         assert code != 0 and seconds < 60, (moment, code, seconds)
-        assert "Signal 9 (SIGKILL)" in told and f"local_rank: {moment[1]}" in told
+        assert f"local_rank: {rank}" in told
+        if how == "killed":
+            assert "Signal 9 (SIGKILL)" in told
+        elif how == "raises":
+            assert f"rank {rank} ended here" in told and "RuntimeError: the fault of this rank" in told
+        else:
+            assert f"exitcode  : {HUNG}" in told and f"rank {rank} holds up the others" in told
+            assert seconds > HANG_SECONDS and '/failing.py", line 12 in die' in told  # where it sleeps
+        # And where the other one stood: in a collective that failed, or that it waited for.
+        other = f"rank {1 - rank} " + ("has not moved" if how == "sleeps" else "ended here")
+        assert other in told and "most recent call" in told
         assert not (tmp_path / "killed" / "report.json").exists()
     done = run(accelerate_on_two(*recipe, "name=killed"), home)
     assert done.returncode == 0 and "resumed after step" in done.stdout, done.stderr

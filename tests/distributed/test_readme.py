@@ -20,6 +20,8 @@ import yaml
 
 from lorasp.models.demo import convert_demo_model
 from lorasp.recipe_loading import load_recipe
+from lorasp.sweep.cells import candidates, check, final_cells
+from lorasp.sweep.definition import read_sweep
 from tests.distributed.commands import free_port
 from tests.distributed.launching import ROOT
 
@@ -187,7 +189,13 @@ def test_every_yaml_block_is_a_recipe_or_a_part_of_one(tmp_path):
         (tmp_path / name).touch()
     recipes = []
     for block in blocks:
-        whole = {"model": {"path": "x"}, "data": {"train": "y"}} | yaml.safe_load(block)
+        if "recipe" in (tree := yaml.safe_load(block)):
+            sweeps = ROOT / "recipes" / "sweeps"  # from where the block names its recipe
+            (tmp_path / "sweep.yaml").write_text(block.replace(tree["recipe"], str(sweeps / tree["recipe"])))
+            sweep = read_sweep(tmp_path / "sweep.yaml")
+            check(candidates(sweep) + final_cells(sweep, {}), ranks=2)
+            continue
+        whole = {"model": {"path": "x"}, "data": {"train": "y"}} | tree
         (tmp_path / "block.yaml").write_text(yaml.safe_dump(whole))
         recipes.append(load_recipe(tmp_path / "block.yaml", []))
     first, data, tracking = recipes

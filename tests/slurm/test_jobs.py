@@ -92,13 +92,24 @@ def test_a_saved_adapter_is_scored_on_two_nodes(slurm, calm, root, place):
     assert report["metrics"][after] == pytest.approx(trained["metrics"][after], rel=1e-6)
 
 
-def test_each_job_of_an_array_is_a_run_of_its_own(slurm, root, place):
-    changes = [f"output_dir={root} adapter.rank=2 training.max_steps=2", f"output_dir={root} adapter.rank=3"]
-    log = str(root / "sweep-%a.log")
-    job = slurm.submit(
-        "--array", "0-1", "--output", log, "launch/slurm/sweep.sbatch", str(place / "tiny.yaml"), *changes
+def test_each_job_of_an_array_is_a_run_of_a_sweep_and_one_that_has_ended_is_passed_over(slurm, root, place):
+    sweep = root / "ranks.yaml"
+    sweep.write_text(
+        f"recipe: {place}/tiny.yaml\nvariants:\n  two: {{adapter.rank: 2, training.max_steps: 2}}\n"
+        f"  three: {{adapter.rank: 3}}\n"
     )
-    for index, (rank, steps) in enumerate([(2, 2), (3, 4)]):
-        assert slurm.end(f"{job}_{index}") == "COMPLETED", Path(log.replace("%a", str(index))).read_text()
-        report = json.loads((root / f"tiny-{index}" / "report.json").read_text())
+    log = str(root / "sweep-%A-%a.log")
+    submit = ("--array", "0-1", "--output", log, "launch/slurm/sweep.sbatch", str(sweep), f"output_dir={root}")
+
+    def told(job: str, index: int) -> str:
+        return Path(log.replace("%A", job).replace("%a", str(index))).read_text()
+
+    job = slurm.submit(*submit)
+    for index, (name, rank, steps) in enumerate([("two", 2, 2), ("three", 3, 4)]):
+        assert slurm.end(f"{job}_{index}") == "COMPLETED", told(job, index)
+        report = json.loads((root / "ranks" / name / "report.json").read_text())
         assert (report["recipe"]["adapter"]["rank"], len(report["history"])) == (rank, steps)
+    again = slurm.submit(*submit)
+    for index in range(2):
+        assert slurm.end(f"{again}_{index}") == "COMPLETED"
+        assert told(again, index) == f"run {index} has ended already\n"

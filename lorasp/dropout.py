@@ -1,0 +1,80 @@
+"""Dropout masks that belong to an example: the same on whichever rank, row or attempt it is computed.
+
+A mask follows from a key of (seed, step, example) and the module's name. So a run that goes on, or on other ranks,
+drops what it would have dropped, and backward draws a mask again, where plain dropout keeps it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorasp.hashing import stream_key
+
+DropoutSeeds = tuple[tuple[int, int], ...]  # (rows, seed) of each example: a mask is a function of them
+
+
+@dataclass
+class ExamplesAtHand:
+    """The examples of a forward, one behind the other: tokens of each, and a key that is its own in this step.
+
+    A dropout mask belongs to an example, not to the rank or the row that it happens to be on.
+    """
+
+    lengths: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+
+    def seeds(self, name: str) -> tuple[int, ...]:
+        """Of each example, for the module of that name."""
+        return tuple(stream_key(key, name, "dropout") for key in self.keys)
+
+
+def drop_mask(rows: Tensor, probability: float, seeds: DropoutSeeds) -> Tensor:
+    """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""
+    mask, generator = torch.ones_like(rows), torch.Generator(rows.device)
+    for part, (_, seed) in zip(mask.split([length for length, _ in seeds] or len(rows)), seeds, strict=False):
+        part.bernoulli_(1 - probability, generator=generator.manual_seed(seed))
+    return mask.div_(1 - probability)
+
+
+class ExampleDropout(nn.Module):
+    """Stands for a model's `nn.Dropout`, `p` as there.
+
+    of_tokens: its input is [1, T, …], the tokens of all examples; otherwise [examples, …], a row each.
+    """
+
+    def __init__(self, name: str, p: float, *, of_tokens: bool) -> None:
+        super().__init__()
+        self.name, self.p, self.of_tokens = name, p, of_tokens
+        self.examples = ExamplesAtHand()
+
+    def draw(self) -> tuple[int, ...]:
+        """A seed an example."""
+        return self.examples.seeds(self.name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p):
+            return x
+        seeds = self.draw()
+        lengths = self.examples.lengths if self.of_tokens else (1,) * len(seeds)
+        rows = x.flatten(0, 1) if self.of_tokens else x
+        return drop(rows, self.p, tuple(zip(lengths, seeds, strict=False))).view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def drop(rows: Tensor, probability: float, seeds: DropoutSeeds) -> Tensor:
+    """rows [Σ of the seeds' rows, …] times their mask, which backward draws again."""
+    return _Drop.apply(rows, probability, seeds)
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, probability: float, seeds: DropoutSeeds) -> Tensor:
+        ctx.probability, ctx.seeds = probability, seeds
+        return drop_mask(rows, probability, seeds).mul_(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return drop_mask(grad, ctx.probability, ctx.seeds).mul_(grad), None, None
