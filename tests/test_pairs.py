@@ -33,6 +33,14 @@ def test_validation_is_called_val_in_files_and_limit_takes_the_first(tmp_path):
     assert [row["target"] for row in rows.rows] == ["x", "y"]
 
 
+def test_lines_that_are_skipped_keep_the_others_numbers(tmp_path):
+    write(tmp_path, "train", "a\nb\nc\n", "x\ny\nz\n")
+    rows = read_pairs(Source(path=str(tmp_path), skip=1, limit=1), empty_output="drop")
+    assert [row["target"] for row in rows.rows] == ["y"] and rows.places == ["line 2"]
+    with pytest.raises(RecipeError, match="train.source: has no lines behind the first 3"):
+        read_pairs(Source(path=str(tmp_path), skip=3), empty_output="drop")
+
+
 def test_empty_lines_are_counted_or_named(tmp_path):
     source = write(tmp_path, "train", "a\n\nc\n \n", "x\ny\n\nz\n")
     rows = read_pairs(source, empty_output="drop")

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasp.data.order import SampleOrder
-from lorasp.data.sources import hub_commit, hub_snapshot, read_source
+from lorasp.data.sources import hub_commit, hub_snapshot, read_source, read_text
 from lorasp.glue import GLUE, GlueTask
 from lorasp.hashing import stream_key
 from lorasp.recipe import Data, Recipe, RecipeError, Source
@@ -267,14 +267,7 @@ def _of_directory(task: GlueTask, recipe: Recipe, file: str, split: str) -> tupl
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """(number from 1, cells) of each line that is not empty."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{path}: line {number} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    lines = enumerate(text.split("\n"), start=1)  # not splitlines(): sentences may hold other line ends
+    lines = enumerate(read_text(path).split("\n"), start=1)  # not splitlines(): sentences may hold other line ends
     return [(number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip()]
 
 

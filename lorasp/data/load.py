@@ -1,7 +1,7 @@
 """The recipe's data, read, checked and tokenized: what a run trains and what it holds out."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from lorasp.data.order import SampleOrder
 from lorasp.data.rows import Rows, content, read_rows
 from lorasp.data.sources import hub_snapshot, is_on_hub
 from lorasp.hashing import stream_key
-from lorasp.recipe import Data, Recipe, RecipeError
+from lorasp.recipe import Data, Recipe, RecipeError, Source
 
 
 @dataclass(frozen=True)
@@ -133,22 +133,26 @@ def download_data(data: Data) -> None:
             hub_snapshot(source, download=True)
 
 
+def read_train_and_held_out(recipe: Recipe, read: Callable[[Source], Rows]) -> tuple[list[Rows], list[Rows]]:
+    """The rows of each source of `data.train`, and what is held out: its own source's, a share of those, or none."""
+    data = recipe.data
+    train = [read(source) for source in data.train_sources]
+    if isinstance(data.held_out, float):
+        return split_rows(train, data.held_out, recipe.seed)
+    return train, [] if data.held_out_source is None else [read(data.held_out_source)]
+
+
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """The data, checked and tokenized; that of the hub from its cache (`download_data`). Raises RecipeError."""
     data = recipe.data
 
-    def read(source) -> Rows:
+    def read(source: Source) -> Rows:
         return read_rows(source, layout=data.format, empty_output=data.empty_output)
 
     def encoded(rows: Rows, weight: float = 1.0) -> Part:
         return Part(rows, encode(tokenizer, rows, data.template, data.max_length, data.too_long), weight)
 
-    train = [read(source) for source in data.train_sources]
-    held_out: list[Rows] = []
-    if isinstance(data.held_out, float):
-        train, held_out = split_rows(train, data.held_out, recipe.seed)
-    elif data.held_out_source is not None:
-        held_out = [read(data.held_out_source)]
+    train, held_out = read_train_and_held_out(recipe, read)
     weights = [source.weight for source in data.train_sources]
     return RunData(
         train=DataSet(tuple(encoded(rows, weight) for rows, weight in zip(train, weights, strict=True))),

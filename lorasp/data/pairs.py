@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasp.data.examples import EncodedExamples, Example
 from lorasp.data.rows import Rows
-from lorasp.data.sources import hub_commit, is_on_hub, read_source
+from lorasp.data.sources import hub_commit, is_on_hub, read_source, read_text
 from lorasp.recipe import RecipeError, Source
 
 PREFIX = "translate English to Romanian: "  # T5 was pretrained with it
@@ -75,19 +75,17 @@ def _read_directory(directory: Path, source: Source) -> _Numbered:
             f"{files[0]} has {len(sides[0]):,} lines and {files[1].name} {len(sides[1]):,}; a pair is the same line "
             f"of both, so give as many"
         )
-    if not sides[0]:
-        raise RecipeError(f"{files[0]}: is empty")
-    return list(enumerate(zip(*(lines[: source.limit] for lines in sides), strict=True), start=1))
+    end = None if source.limit is None else source.skip + source.limit
+    numbered = list(enumerate(zip(*sides, strict=True), start=1))[source.skip : end]
+    if not numbered:
+        raise RecipeError(
+            f"{files[0]}: " + (f"has no lines behind the first {source.skip:,}" if sides[0] else "is empty")
+        )
+    return numbered
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{file}: line {line} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
+    text = read_text(file)
     # Not splitlines(): that also cuts at U+2028 and its like, within a sentence.
     lines = text.removesuffix("\n").split("\n") if text else []
     return [line.removesuffix("\r") for line in lines]

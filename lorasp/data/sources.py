@@ -85,14 +85,19 @@ def read_source(source: Source) -> Placed:
     return placed[source.skip :]
 
 
-def _read_file(path: Path, limit: int | None) -> Placed:
+def read_text(path: Path) -> str:
+    """Raises RecipeError naming the file, and the line that is not UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no fault of the data
+        return path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no fault of the data
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{path}: line {line} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_file(path: Path, limit: int | None) -> Placed:
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         return _read_lines(path, text, limit)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorasp.data.examples import Example
-from lorasp.data.load import DataSet, Part, RunData, split_rows
+from lorasp.data.load import DataSet, Part, RunData, read_train_and_held_out
 from lorasp.data.pairs import PairBatch, collate_pairs, encode_pairs, read_pairs
 from lorasp.data.rows import Rows
 from lorasp.data.sources import hub_snapshot, is_on_hub
@@ -121,12 +121,7 @@ class Translation(Task):
         def encoded(rows: Rows, weight: float = 1.0) -> Part:
             return Part(rows, encode_pairs(tokenizer, rows, data.max_length, data.too_long), weight)
 
-        train = [read(source) for source in data.train_sources]
-        held_out: list[Rows] = []
-        if isinstance(data.held_out, float):
-            train, held_out = split_rows(train, data.held_out, recipe.seed)
-        elif data.held_out_source is not None:
-            held_out = [read(data.held_out_source)]
+        train, held_out = read_train_and_held_out(recipe, read)
         weights = [source.weight for source in data.train_sources]
         test = None
         if recipe.translation.test is not None:
