@@ -4,14 +4,13 @@ A `Recipe` is a frozen tree of sections; recipe_loading.py reads one from a YAML
 """
 
 import os
-from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from lorasp.recipe_conflicts import IGNORED, conflicts_of
 from lorasp.recipe_errors import RecipeError, sentence, shown
 
 Count = Annotated[int, Field(ge=1)]
@@ -390,18 +389,6 @@ class Profile(Section):
 
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-# What a method has no use for. An explicit setting of these is an error, since nothing would come of it.
-_IGNORED = {
-    "lorasp": (),
-    "lora": ("selection", "adapter.frozen_entries", "adapter.head"),
-    "full": ("selection", "adapter"),
-}
-# And what data a task has no use for.
-_UNUSED_DATA = {
-    "causal_lm": ("selection",),
-    "classification": ("held_out", "format", "template", "too_long", "empty_output", "packing", "limit"),
-    "translation": ("selection", "format", "template", "packing"),
-}
 
 
 def _kind(task: str) -> str:
@@ -479,7 +466,7 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """All settings that the run uses, ready for JSON; `Recipe(**recipe.to_dict())` is the same recipe."""
         tree = self.model_dump(mode="json", by_alias=True)
-        for ignored in _IGNORED[self.method]:
+        for ignored in IGNORED[self.method]:
             section, _, key = ignored.partition(".")
             if key:
                 del tree[section][key]
@@ -529,99 +516,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        conflicts = list(self._conflicts())
+        conflicts = list(conflicts_of(self))
         if conflicts:
             text = "\n".join(f"{keys[0]}: {message}" for keys, message in conflicts)
             raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": conflicts})
         return self
-
-    def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What does not go together: (the keys concerned, the sentence about the first of them)."""
-        if self.training.global_batch_size % self.training.micro_batch_size:
-            yield (
-                ("training.global_batch_size", "training.micro_batch_size"),
-                f"{self.training.global_batch_size} is no multiple of training.micro_batch_size, "
-                f"{self.training.micro_batch_size}",
-            )
-        if self.training.offload_activations and self.training.activation_checkpointing == "layer":
-            yield (
-                ("training.offload_activations", "training.activation_checkpointing"),
-                "layer keeps its inputs where they cannot be moved; use activation_checkpointing: lean with it",
-            )
-        fraction = self.selection.fraction
-        nearest = Fraction(fraction).limit_denominator(8)
-        if self.selection.strategy == "balanced" and not (nearest and abs(float(nearest) - fraction) <= 1e-3):
-            yield (
-                ("selection.fraction", "selection.strategy"),
-                f"{fraction:g} is not k/m with m at most 8, which the balanced strategy needs; "
-                f"use {nearest or Fraction(1, 8)}, as a decimal, or selection.strategy: uniform",
-            )
-        if self.method == "full" and self.quantization.format != "none":
-            yield (
-                ("quantization.format", "method"),
-                f"method full trains the weights themselves, which {self.quantization.format} would freeze; "
-                f"use quantization: none",
-            )
-        if self.quantization.init == "residual" and self.quantization.format == "none":
-            yield (
-                ("quantization.init", "quantization.format"),
-                "nothing is quantized, so there is no residual to start adapters from; use init: plain",
-            )
-        if self.quantization.init == "plain" and "iterations" in self.quantization.model_fields_set:
-            yield ("quantization.iterations", "quantization.init"), "they are of init: residual; remove this setting"
-        for ignored in _IGNORED[self.method]:
-            section, _, only = ignored.partition(".")
-            for key in sorted(getattr(self, section).model_fields_set):
-                if only in ("", key) and not (self.method == "lora" and key == "fraction" and fraction == 1):
-                    why = "trains no adapter" if self.method == "full" else "trains all of an adapter's entries"
-                    yield (f"{section}.{key}", "method"), f"method {self.method} {why}; remove this setting"
-        if self.quantization.init == "residual" and self.model.weights == "random" and self.adapter.init_from:
-            yield (
-                ("adapter.init_from", "model.weights"),
-                "a base that was made with quantization.init: residual is not read beside random weights",
-            )
-        if self.data.is_random and self.data.held_out is not None:
-            yield ("data.held_out", "data.train"), "random tokens teach nothing that could be held out; remove it"
-        if self.data.packing and self.data.group_by_length:
-            yield (
-                ("data.group_by_length", "data.packing"),
-                "packs are all of about one length; remove one of data.group_by_length and data.packing",
-            )
-        for key in ("revision", "limit"):
-            if getattr(self.data, key) is not None and not isinstance(self.data.train, str):
-                yield (f"data.{key}", "data.train"), f"data.train is a list: write {key} beside the paths in it"
-        for section, key, absent in (
-            ("mmlu", "data", "is no mmlu.data"),
-            ("lm_eval", "tasks", "are no lm_eval.tasks"),
-        ):
-            its = getattr(self, section)
-            if getattr(its, key) and self.data.is_random:
-                yield (f"{section}.{key}", "data.train"), "random tokens come without a tokenizer, which this needs"
-            if getattr(its, key):
-                continue
-            for other in sorted(its.model_fields_set):
-                if getattr(its, other) != type(its).model_fields[other].default:
-                    yield (f"{section}.{other}", f"{section}.{key}"), f"there {absent} to score; remove this setting"
-        yield from self._conflicts_with_task()
-        if self.training.evaluate_every and not (self.data.held_out or self.kind == "classification"):
-            yield ("training.evaluate_every", "data.held_out"), "there is no data.held_out to evaluate on"
-
-    def _conflicts_with_task(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        for key in _UNUSED_DATA[self.kind]:
-            if getattr(self.data, key) != type(self.data).model_fields[key].default:
-                yield (f"data.{key}", "task"), f"task {self.task} has no use for it; remove this setting"
-        if self.kind != "translation":
-            for key in sorted(self.translation.model_fields_set):
-                if getattr(self.translation, key) != Translation.model_fields[key].default:
-                    yield (f"translation.{key}", "task"), f"task {self.task} translates nothing; remove this setting"
-        if self.kind == "causal_lm":
-            if self.method == "lorasp" and "head" in self.adapter.model_fields_set:
-                yield ("adapter.head", "task"), "a causal language model's head is not trained; remove this setting"
-            return
-        if self.kind == "classification" and not isinstance(self.data.train, str):
-            yield ("data.train", "task"), f"task {self.task} has one data set; give GLUE's directory, or its hub name"
-        if self.data.is_random:
-            yield ("data.train", "task"), f"random tokens are of task causal_lm; give the data of {self.task}"
-        for section, key in (("mmlu", "data"), ("lm_eval", "tasks")):
-            if getattr(getattr(self, section), key):
-                yield (f"{section}.{key}", "task"), f"it asks a causal language model, not one of task {self.task}"

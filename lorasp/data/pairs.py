@@ -93,7 +93,7 @@ def _lines(file: Path) -> list[str]:
 
 def _read_hub(source: Source) -> _Numbered:
     pairs: _Numbered = []
-    for number, (place, row) in enumerate(read_source(source), start=1):
+    for number, (place, row) in enumerate(read_source(source), start=source.skip + 1):
         texts = row.get("translation") if isinstance(row, dict) else None
         if not isinstance(texts, dict) or not all(isinstance(texts.get(its), str) for its in _LANGUAGES):
             raise RecipeError(
