@@ -6,6 +6,7 @@ and a stack of each other rank would bury that; if it has died, where the others
 
 import os
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from typing import Any
@@ -30,11 +31,28 @@ def peer_has_refused() -> bool:
 
 
 def print_stack(error: BaseException) -> None:
-    """The traceback of `error` on stderr, in one piece, so that ranks do not mix theirs."""
+    """The traceback of `error` on stderr."""
     rank = os.environ.get("RANK", "0")
     told = f"rank {rank} ended here (the launcher names the rank that ended first):\n"
-    sys.stderr.write(told + "".join(traceback.format_exception(error)))
-    sys.stderr.flush()
+    _in_one_piece(told + "".join(traceback.format_exception(error)))
+
+
+def print_stacks(told: str) -> None:
+    """`told` and where each thread of this rank stands, the main one last, on stderr."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == threading.main_thread().ident)
+    stacks = [
+        f"{names.get(ident, 'a thread')} (most recent call last):\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in frames
+    ]
+    _in_one_piece(f"{told}. Its stacks:\n{''.join(stacks)}")
+
+
+def _in_one_piece(text: str) -> None:
+    """One write to stderr: ranks speak at the same time, and what each wrote in parts could not be told apart."""
+    with suppress(OSError, ValueError):  # nobody listens any more: the rank is still to end
+        sys.stderr.flush()
+        os.write(sys.stderr.fileno(), text.encode(errors="replace"))
 
 
 def _store() -> Any:

@@ -6,7 +6,6 @@ others': the ranks with the lowest one are those that the others wait for.
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import distributed as dist
 
 from lorasp.cli import HUNG
 from lorasp.health import signal_has_arrived
+from lorasp.last_words import print_stacks
 
 _LOOKS_EVERY = 1.0  # seconds
 _OTHERS_FOLLOW = 5.0  # seconds: they stood still at about the same time
@@ -70,7 +70,7 @@ class Watchdog:
                 self._end()
             elif stands > _STANDS_AFTER_SIGNAL and not shown and signal_has_arrived():
                 shown = True  # it may be a long step yet: the rank goes on if it can
-                _print_stacks(f"rank {self._rank} was asked to end, and has not moved for {stands:.0f} s")
+                print_stacks(f"rank {self._rank} was asked to end, and has not moved for {stands:.0f} s")
 
     def _end(self) -> None:
         count = self._count
@@ -92,14 +92,8 @@ class Watchdog:
             told += (
                 f"; rank {names} holds up the others" if len(behind) == 1 else f"; ranks {names} hold up the others"
             )
-        _print_stacks(f"error: {told}")
+        print_stacks(f"error: {told}")
         os._exit(HUNG)
 
     def _key(self, rank: int) -> str:
         return f"lorasp stands still/{rank}"
-
-
-def _print_stacks(told: str) -> None:
-    print(f"{told}. Its stack:", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    sys.stderr.flush()

@@ -54,4 +54,4 @@ def test_a_rank_that_is_held_in_a_library_tells_its_stack_once_after_a_signal_an
     assert held.returncode == HUNG
     assert told.count("rank 0 was asked to end, and has not moved") == 1
     asked, ended = told.split("error: rank 0 has not moved")
-    assert all('File "<string>", line 12 in <module>' in stacks for stacks in (asked, ended))
+    assert all('File "<string>", line 12, in <module>' in stacks for stacks in (asked, ended))

@@ -185,7 +185,7 @@ def test_a_run_that_loses_a_rank_at_any_moment_goes_on_to_the_undisturbed_runs_e
             assert f"rank {rank} ended here" in told and "RuntimeError: the fault of this rank" in told
         else:
             assert f"exitcode  : {HUNG}" in told and f"rank {rank} holds up the others" in told
-            assert seconds > HANG_SECONDS and '/failing.py", line 12 in die' in told  # where it sleeps
+            assert seconds > HANG_SECONDS and '/failing.py", line 12, in die' in told  # where it sleeps
         # And where the other one stood: in a collective that failed, or that it waited for.
         other = f"rank {1 - rank} " + ("has not moved" if how == "sleeps" else "ended here")
         assert other in told and "most recent call" in told
