@@ -10,11 +10,12 @@ accelerate launch launch/evaluate.py my.yaml adapter.init_from=runs/my 'lm_eval.
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
 from lorasp.cli import PREEMPTED, recipe_from_command_line, run_reporting_errors
-from lorasp.health import listen_for_signals
+from lorasp.health import Preempted, listen_for_signals
 from lorasp.recipe import RecipeError
 
 
@@ -32,13 +33,11 @@ def main() -> int:
     recipe = recipe.model_copy(update={"name": f"{recipe.name}-evaluation", "overwrite": True})
 
     from lorasp.accounting import held_bytes
-    from lorasp.agreement import Agreement
-    from lorasp.evaluation.harness import check_harness, run_harness
+    from lorasp.evaluation.harness import check_harness
+    from lorasp.evaluations import Evaluations
     from lorasp.models.weights import hub_commit, load_tokenizer
-    from lorasp.reporting.out_of_memory import ANSWERING
     from lorasp.reporting.run_log import RunLog
     from lorasp.run import (
-        answer_samples,
         claim_run_directory,
         clear_run_directory,
         compute_dtype,
@@ -47,10 +46,8 @@ def main() -> int:
         load_model,
         read_data,
         read_mmlu_questions,
-        score_mmlu,
     )
-    from lorasp.tasks import task_of
-    from lorasp.watchdog import Watchdog
+    from lorasp.session import Session
     from lorasp.zero.engine import Engine
     from lorasp.zero.launch import start_ranks, stop_ranks
 
@@ -74,51 +71,35 @@ def main() -> int:
 
     clear_run_directory(run_dir, ranks)  # an earlier evaluation's
 
-    watchdog = Watchdog(ranks.rank, ranks.world_size, recipe.health.hang_seconds)
-    engine.on_progress = [watchdog.count, log.advanced]
-    agreement = Agreement(on_progress=watchdog.count)
+    session = Session.start(recipe, ranks, log, run_dir, loaded, engine, tokenizer, data, mmlu)
+    evaluations = Evaluations(session, leave=_leave, again=True)
     step = loaded.start.step if loaded.start else 0
-    samples = data.samples(recipe.evaluation.samples) if data else []
-    if data:
-        with log.phase("evaluate"), watchdog.watching():
-            score = task_of(recipe).score(engine, data, ranks)
-        with log.phase("evaluate", ANSWERING), watchdog.watching():
-            when = "after" if step else "before"
-            answer_samples(engine, samples, when, tokenizer, recipe.evaluation, ranks)
-        log.scored(step, score)
-    if mmlu is not None:
-        with log.phase("evaluate_mmlu"), watchdog.watching():
-            found = score_mmlu(
-                engine,
-                mmlu,
-                step,
-                recipe,
-                loaded,
-                ranks,
-                run_dir,
-                log.console,
-                again=True,
-                leaves=agreement.to_leave,
-            )
-        if found is None:
-            log.console.info("left within MMLU, as it was asked to; the same command goes on")
-            stop_ranks(ranks)
-            return PREEMPTED
-        log.mmlu_scored(step, mmlu, found, loaded.model.model.config, whole=True)
+    try:
+        if data:
+            evaluations.score(step)
+            evaluations.answer("after" if step else "before", step)
+        if mmlu is not None:
+            evaluations.mmlu(step)
+    except Preempted:
+        log.console.info("left within an evaluation, as it was asked to; the same command goes on")
+        stop_ranks(ranks)
+        return PREEMPTED
     if recipe.lm_eval.tasks:
-        with log.phase("evaluate_lm_eval"):
-            results = run_harness(engine, recipe.lm_eval, tokenizer, ranks)
-        log.harness_scored(results)
+        evaluations.harness()
     log.finish(
         "finished",
         parameters=asdict(loaded.counts),
         optimizer_state_bytes=engine.optimizer_state_bytes(),
         data=data.report() if data else {},
-        samples=samples,
+        samples=evaluations.samples,
         model_commit=hub_commit(directory, recipe.model),
     )
     stop_ranks(ranks)
     return 0
+
+
+def _leave(step: int) -> NoReturn:
+    raise Preempted(step)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +23,7 @@ from lorasp.checkpoint import (
     save_model,
 )
 from lorasp.data.mmlu import download_mmlu
-from lorasp.evaluation.answers import greedy_answers
-from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore, trained_digest
+from lorasp.evaluation.mmlu import MmluEvaluation
 from lorasp.evaluation.translation import TRANSLATIONS
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
@@ -38,9 +36,8 @@ from lorasp.models.task_model import TaskModel
 from lorasp.models.weights import DEMO_MODEL, Checkpoint, load_config, locate_model
 from lorasp.planning import Plan, excess, plan
 from lorasp.quantization import ShardedLinear
-from lorasp.recipe import Evaluation, Recipe, RecipeError
+from lorasp.recipe import Recipe, RecipeError
 from lorasp.recipe_deepspeed import keeps_base_whole
-from lorasp.reporting.console import Console
 from lorasp.resume import LEFT, Found
 from lorasp.tasks import task_of
 from lorasp.tasks.base import ItemBatch, TaskData
@@ -54,7 +51,6 @@ with uncompiled():
     import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
 
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
-_TOLD_EVERY = 5.0  # seconds: lines of MMLU's progress in a log file
 _OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export", TRANSLATIONS)
 
 
@@ -340,73 +336,3 @@ def save_result(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(directory)
     return run_dir / "model"
-
-
-def score_mmlu(
-    engine: Engine,
-    questions: MmluEvaluation,
-    step: int,
-    recipe: Recipe,
-    loaded: LoadedModel,
-    ranks: Ranks,
-    run_dir: Path,
-    console: Console,
-    *,
-    again: bool,
-    leaves: Callable[[], bool],
-) -> MmluScore | None:
-    """MMLU of the model after `step`, with its predictions in `mmlu/`; see `MmluEvaluation.run`. Collective."""
-    model = {
-        "base": loaded.base_digest,
-        "quantization": recipe.quantization.kind(),
-        "method": recipe.method,
-        "adapter": recipe.adapter.model_dump(exclude={"init_from", "dropout"}),
-        "selection": model_selection_digest(loaded.model.model),
-        "trained": trained_digest(engine),
-        "dtype": str(compute_dtype(recipe)),
-    }
-    last = float("-inf")  # when a line was told: the first forward's is
-    with console.progress(len(questions.questions), "MMLU question") as line:
-        before = 0
-
-        def progress(done: int, total: int, right: float) -> None:
-            nonlocal before, last
-            log = done == total or time.monotonic() - last >= _TOLD_EVERY
-            last = time.monotonic() if log else last
-            line.advance(done - before, log=log, accuracy=right)
-            before = done
-
-        return questions.run(
-            engine,
-            ranks,
-            run_dir / "mmlu" / f"step-{step:08d}.jsonl",
-            model,
-            again=again,
-            leaves=leaves,
-            progress=progress,
-        )
-
-
-def answer_samples(
-    engine: Engine,
-    samples: list[dict[str, str]],
-    when: str,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: Evaluation,
-    ranks: Ranks,
-    before_batch: Callable[[], None] = lambda: None,
-) -> None:
-    """Adds to each sample, as `when`, what the model answers now. Collective."""
-    if not samples:
-        return
-    prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
-    answers = greedy_answers(
-        engine,
-        prompts,
-        eos=tokenizer.eos_token_id,
-        max_new_tokens=evaluation.max_new_tokens,
-        device=ranks.device,
-        before_batch=before_batch,
-    )
-    for sample, answer in zip(samples, answers, strict=True):
-        sample[when] = tokenizer.decode(answer)
