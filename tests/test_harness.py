@@ -57,8 +57,11 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def write_tasks(directory):
     """Task files of our own over a few rows, short and long ones."""
-    directory = tmp_path_factory.mktemp("tasks")
     rows = [
         {
             "text": " ".join(WORDS[: 1 + n] * (1 + n % 3)),

@@ -11,7 +11,7 @@ from tests.distributed.commands import accelerate, run
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # 5 minutes on two idle cores
 def test_the_quickstart_teaches_a_real_model_what_it_could_not_do(home, tmp_path):
-    """SmolLM2-135M on 100 held-out tickets, none of whose answers' rows were trained on."""
+    """SmolLM2-135M on 64 held-out tickets, none of whose answers' rows were trained on."""
     command = accelerate("recipes/quickstart.yaml", f"output_dir={tmp_path}", "name=quickstart")
     done = run(command, home, timeout=2300, threads=os.cpu_count())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
