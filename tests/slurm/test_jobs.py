@@ -1,6 +1,7 @@
 """`launch/slurm/` on two nodes: a run that is preempted, requeued, and ends as the undisturbed one; and others."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def test_a_job_leaves_is_requeued_and_ends_as_the_undisturbed_run(disturb, slurm
     left = json.loads((run_dir / "left.json").read_text())["step"]
     assert 10 <= left < STEPS and f"step {STEPS}/{STEPS}" not in log()
     slurm.wait_until(lambda: slurm.state(job) == "PENDING")
-    # Slurm waits two minutes before it starts it again.
+    # Slurm waits two minutes before it starts it again: in the second of its end a node refuses it as revoked.
+    time.sleep(2)
     slurm.do("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert slurm.end(job) == "COMPLETED", log()
     assert "start 0 on n[1-2], 1 rank(s) a node" in log() and "start 1 on n[1-2]" in log()
