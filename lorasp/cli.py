@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from lorasp.cpu_threads import share_cores_among_ranks
 from lorasp.health import stop_listening
 from lorasp.host_memory import map_large_blocks_apart
 from lorasp.last_words import peer_has_refused, print_stack, tell_peers_of_refusal
@@ -59,6 +60,7 @@ def run_reporting_errors(main: Callable[[], int]) -> int:
     Any other error ends it with the traceback, of several ranks with each one's. Ctrl-C ends it without a word.
     """
     map_large_blocks_apart()
+    share_cores_among_ranks()
     try:
         return main()
     except KeyboardInterrupt:

@@ -49,16 +49,18 @@ def torchrun_on_two(*arguments: str, script: str = TRAIN) -> list[str]:
     return [_tool("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), script, *arguments]
 
 
-def environment_of(home: Path, threads: int = 1) -> dict[str, str]:
-    """Nothing of this machine's user, whose home is `home`."""
+def environment_of(home: Path, threads: int | None = 1) -> dict[str, str]:
+    """Nothing of this machine's user, whose home is `home`. threads: of a rank; None: as the user who sets nothing."""
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
-    environment |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    environment |= {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU; on CPUs the numbers are the same anywhere
     return environment
 
 
-def run(command: list[str], home: Path, timeout: float = 180, threads: int = 1) -> Done:
-    """Runs `command` from the repository root, each process on so many `threads`.
+def run(command: list[str], home: Path, timeout: float = 180, threads: int | None = 1) -> Done:
+    """Runs `command` from the repository root, each rank on so many `threads`; None: on as many as it takes.
 
     home: the user's, where `accelerate config` leaves its answers.
     """
