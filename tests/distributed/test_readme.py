@@ -31,8 +31,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 # Appended to training commands: the path is the same, the minutes are not.
 SHORT = (
-    "training.max_steps=2 training.log_every=1 evaluation.before=false evaluation.samples=1 "
-    "evaluation.max_new_tokens=2 data.limit=48 data.held_out=0.1 rehearse=false"
+    "training.max_steps=2 training.log_every=1 training.global_batch_size=4 training.micro_batch_size=2 "
+    "evaluation.before=false evaluation.samples=1 evaluation.max_new_tokens=2 data.limit=48 data.held_out=0.1 "
+    "rehearse=false"
 )
 GENERATE = 'python launch/generate.py runs/my "Which tree is number 3?"'
 ANSWER = "The elm."  # ash, birch, cedar, elm: from 0
