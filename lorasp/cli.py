@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from lorasp.cpu_threads import share_cores_among_ranks
-from lorasp.health import stop_listening
+from lorasp.health import asked_to_leave, stop_listening
 from lorasp.host_memory import map_large_blocks_apart
 from lorasp.last_words import peer_has_refused, print_stack, tell_peers_of_refusal
 from lorasp.recipe import Recipe, RecipeError
@@ -79,7 +79,9 @@ def run_reporting_errors(main: Callable[[], int]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         # All ranks see the same input. A launcher ends the others as soon as one exits, so rank 0 speaks first;
-        # if it does not, the fault is this rank's alone.
+        # if it does not, the fault is this rank's alone. One that was asked to leave before it came here is late.
+        if asked_to_leave():
+            _exit(BAD_INPUT)
         time.sleep(_OTHERS_WAIT_SECONDS)
     print(f"error{f' on rank {rank}' if rank else ''}: {fault}", file=sys.stderr, flush=True)
     _exit(BAD_INPUT)

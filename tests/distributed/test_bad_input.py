@@ -506,6 +506,18 @@ def test_a_fault_of_one_rank_alone_is_told_after_waiting_for_rank_0(told, monkey
     assert waited == [10]
 
 
+def test_a_rank_whom_the_launcher_asks_to_leave_before_it_sees_the_fault_is_silent(told, monkeypatch):
+    """Rank 0 was seconds ahead: it has told the fault and ended, for which the launcher ends the others."""
+    monkeypatch.setattr("lorasp.health._asked", True)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    monkeypatch.setenv("RANK", "1")
+
+    def stages():
+        raise RecipeError("model.path: /local/model does not exist")
+
+    assert told(stages) == []
+
+
 # ---- Real launches
 
 
