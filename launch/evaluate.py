@@ -14,7 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
-from lorasp.cli import PREEMPTED, recipe_from_command_line, run_reporting_errors
+from lorasp.cli import PREEMPTED, end_rank, recipe_from_command_line, run_reporting_errors
 from lorasp.health import Preempted, listen_for_signals
 from lorasp.recipe import RecipeError
 
@@ -103,4 +103,4 @@ def _leave(step: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting_errors(main))
+    end_rank(run_reporting_errors(main))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone as well as installed
 
-from lorasp.cli import PREEMPTED, STOPPED, recipe_from_command_line, run_reporting_errors
+from lorasp.cli import PREEMPTED, STOPPED, end_rank, recipe_from_command_line, run_reporting_errors
 from lorasp.health import Preempted, listen_for_signals, stale_build_locks
 
 
@@ -126,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting_errors(main))
+    end_rank(run_reporting_errors(main))

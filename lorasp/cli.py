@@ -1,6 +1,7 @@
 """What every launch script shares: its arguments, and errors told once, in one sentence, with exit code 2."""
 
 import argparse
+import atexit
 import errno
 import os
 import sys
@@ -85,6 +86,17 @@ def run_reporting_errors(main: Callable[[], int]) -> int:
         time.sleep(_OTHERS_WAIT_SECONDS)
     print(f"error{f' on rank {rank}' if rank else ''}: {fault}", file=sys.stderr, flush=True)
     _exit(BAD_INPUT)
+
+
+def end_rank(code: int) -> NoReturn:
+    """Ends a rank that has left the others: Python's clean-up runs, the destructors of C++ libraries do not.
+
+    One that finds its thread still running aborts ("terminate called without an active exception"), and the launcher
+    takes a run whose report is written for one that failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    _exit(code)
 
 
 def _exit(code: int) -> NoReturn:

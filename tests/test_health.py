@@ -1,5 +1,6 @@
 """Locks that killed builds leave behind; and what a rank tells that a library never lets go."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from torch.utils import cpp_extension
 
 from lorasp.cli import HUNG
@@ -55,3 +57,19 @@ def test_a_rank_that_is_held_in_a_library_tells_its_stack_once_after_a_signal_an
     assert told.count("rank 0 was asked to end, and has not moved") == 1
     asked, ended = told.split("error: rank 0 has not moved")
     assert all('File "<string>", line 12, in <module>' in stacks for stacks in (asked, ended))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "on_exit"), reason="needs glibc")
+def test_a_rank_that_has_ended_well_is_not_aborted_by_a_library():
+    """One that aborts the process as it is taken apart: so one launch of some hundreds ended in CI."""
+    code = """
+import atexit, ctypes
+from lorasp.cli import end_rank
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.abort, None)
+atexit.register(print, "cleaned")
+print("said", end=", ")
+"""
+    for end, returncode in (("raise SystemExit(3)", -signal.SIGABRT), ("end_rank(3)", 3)):
+        done = subprocess.run([sys.executable, "-c", code + end], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (returncode, "said, cleaned\n"), done.stderr
