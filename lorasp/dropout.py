@@ -4,6 +4,7 @@ A mask follows from a key of (seed, step, example) and the module's name. So a r
 drops what it would have dropped, and backward draws a mask again, where plain dropout keeps it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,23 @@ class ExamplesAtHand:
 
 
 def drop_mask(rows: Tensor, probability: float, seeds: DropoutSeeds) -> Tensor:
-    """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device."""
-    mask, generator = torch.ones_like(rows), torch.Generator(rows.device)
-    for part, (_, seed) in zip(mask.split([length for length, _ in seeds] or len(rows)), seeds, strict=False):
-        part.bernoulli_(1 - probability, generator=generator.manual_seed(seed))
-    return mask.div_(1 - probability)
+    """Zeros, and 1/(1 - p) where an entry of `rows` is kept: the same for a seed on one kind of device.
+
+    Sixteen bits decide on an entry, so that its p is `probability` to 1/65536. They are compared in place, which gives
+    ones and zeros of 16 bits: on a CPU bools take ten times as long, and `bernoulli_` four times as long as all of it.
+    """
+    if not seeds:  # a batch of no examples
+        return torch.ones_like(rows)
+    kept, width, generator = max(1, round((1 - probability) * 2**16)), rows[0].numel(), torch.Generator(rows.device)
+    bits = torch.cat([_random_bits(length * width, generator.manual_seed(seed)) for length, seed in seeds])
+    return bits.le_(kept - 2**15 - 1).to(rows.dtype).div_(1 - probability).view_as(rows)
+
+
+def _random_bits(count: int, generator: torch.Generator) -> Tensor:
+    """int16 [count], uniform: four of each number drawn."""
+    words = torch.empty(math.ceil(count / 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)  # None: up to the largest, so all 64 bits
+    return words.view(torch.int16)[:count]
 
 
 class ExampleDropout(nn.Module):
