@@ -41,12 +41,14 @@ def test_a_gpus_part_is_what_its_stream_took_and_not_what_the_host_did():
 
 
 def test_the_limit_is_that_of_the_best_of_products_that_take_long_enough(monkeypatch):
+    # Of each size a first one and three, of the second as many as a second holds besides.
+    products = [0.5, 0.004, 0.003, 0.005, 0.5, 0.035, 0.03, 0.036, *[0.04] * 20, 0.025, *[0.04] * 12]
     taken = []
 
     def take(_):
-        taken.append([0.5, 0.004, 0.003, 0.005, 0.5, 0.025, 0.03, 0.026][len(taken)])  # a first one, and three
+        taken.append(products[len(taken)])
         return {"product": taken[-1]}
 
     monkeypatch.setattr(timing.PartTimer, "take", take)
     assert matrix_product_limit(CPU, torch.float32) == 2 * 1024**3 / 0.025  # products of 512 are over too soon
-    assert len(taken) == 8
+    assert taken == products
