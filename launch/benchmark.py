@@ -52,7 +52,8 @@ try:
 finally:
     open(out + os.environ["RANK"], "w").write(str(live.peak_bytes))
 """
-# Of both sides alike. returning: what host_memory.py sets for ours, without which the stack holds three times as much.
+# Of both sides alike. returning: blocks from 1 MiB on are mapped apart, without which the stack holds three times as
+# much.
 # default: glibc as it comes; any setting, here its own default, keeps host_memory.py from changing it.
 _MALLOC = {
     "returning": {

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from lorasp import host_blocks
 from lorasp.host_memory import return_freed_memory
 
 GATHERED_AT_ONCE = 16_000_000  # elements a rank, when trained values are read to be saved
@@ -27,9 +28,9 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): set VmHWM to the present VmRSS; touches nothing else
 _SAMPLE_SECONDS = 0.005
-# What a process may come to hold more before its freed memory is looked for: a decoder layer frees more than that, and
-# looking takes a millisecond or two.
-_GROWTH = 2**22
+# What a process may come to hold more, besides blocks, before its freed memory is looked for: that takes a millisecond
+# or two, and to fill the memory anew takes as much again.
+_GROWTH = 2**24
 
 
 def gib(size: int) -> str:
@@ -125,6 +126,7 @@ class MemoryMeter:
         return max(now, recorded.peak_bytes if recorded else 0)
 
     def _start(self) -> None:
+        host_blocks.release()  # those that the phase before left are not this one's
         self._probe.start()
         self._started = time.perf_counter()
 
@@ -251,12 +253,18 @@ class _Host:
     _settled_bytes = 0
 
     def settle(self) -> None:
+        host_blocks.release()
         return_freed_memory()
-        self._settled_bytes = self.now()
+        self._settled_bytes = self._of_the_heap()
 
     def settle_if_grown(self) -> None:
-        if self.now() > self._settled_bytes + _GROWTH:
-            self.settle()
+        if self._of_the_heap() > self._settled_bytes + _GROWTH:
+            return_freed_memory()
+            self._settled_bytes = self._of_the_heap()
+
+    def _of_the_heap(self) -> int:
+        """And of all else but the blocks, which stay at hand within a step."""
+        return self.now() - host_blocks.held_bytes()
 
 
 class _HighWaterMark(_Host):

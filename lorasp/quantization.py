@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasp import host_blocks
 from lorasp.dropout import DropoutSeeds
 from lorasp.recipe import Quantization
 from lorasp.uncompiled import uncompiled
@@ -222,7 +222,8 @@ class ShardedLinear(nn.Module):
 
     def project(self, rows: Tensor, seed: DropoutSeeds | None = None) -> Tensor:
         """rows [tokens, in] -> [tokens, out], new memory. seed: see `draw_dropout`."""
-        return F.linear(rows, self.dense_weight(), self.bias)
+        out, weight = host_blocks.empty((len(rows), self.out_features), rows), self.dense_weight()
+        return linear_into(out, rows, weight, self.bias)
 
     def backward(
         self, rows: Tensor | None, grad: Tensor, seed: DropoutSeeds | None = None, into: Tensor | None = None
@@ -237,7 +238,9 @@ class ShardedLinear(nn.Module):
 
     def _backward_of_base(self, grad: Tensor, into: Tensor | None) -> Tensor:
         weight = self.dense_weight()
-        return grad @ weight if into is None else into.addmm_(grad, weight)
+        if into is not None:
+            return into.addmm_(grad, weight)
+        return torch.mm(grad, weight, out=host_blocks.empty((len(grad), self.in_features), grad))
 
     @property
     def needs_input(self) -> bool:
@@ -250,6 +253,13 @@ class ShardedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, base={self.quantization.format}, dtype={self.dtype}"
+
+
+def linear_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(rows, weight, bias)`, by the same kernels, in `out`."""
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
 
 
 class _ProjectionFunction(torch.autograd.Function):

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorasp.models.kept_states import KeptStates
 from lorasp.models.task_model import ENCODERS, TaskModel
+from lorasp.quantization import linear_into
 from lorasp.recipe import Recipe, RecipeError
 
 # Settings by which some architectures change the logits behind the head's back.
@@ -68,13 +69,6 @@ def _softmax_minus_onehot(logits: Tensor, targets: Tensor) -> Tensor:
     return (sums.log() - of_labels).sum()
 
 
-def _linear_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear(rows, weight, bias)`, by the same kernels, in `out`."""
-    if bias is None:
-        return torch.mm(rows, weight.t(), out=out)
-    return torch.addmm(bias, rows, weight.t(), out=out)
-
-
 class _CrossEntropySum(torch.autograd.Function):
     """Σ over rows of the cross entropy of hidden·Wᵀ + b, chunk by chunk; the gradients are made in forward.
 
@@ -99,7 +93,7 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
             rows = hidden[chunk]
-            made = _linear_into(buffer[: len(rows)], rows, weight, bias)
+            made = linear_into(buffer[: len(rows)], rows, weight, bias)
             grad = made.to(wide)
             # A few rows at a time: all passes over them find them in the cache.
             for logits, targets in zip(grad.split(_CACHED_ROWS), labels[chunk].split(_CACHED_ROWS), strict=True):

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import SiLUActivation
 
 from lorasp.dropout import DropoutSeeds
+from lorasp.host_blocks import empty
 from lorasp.models.attention import attend_each
 from lorasp.models.kept_states import KeptStates
 from lorasp.quantization import ShardedLinear
@@ -158,7 +160,7 @@ class _NormMlpAndResidual(torch.autograd.Function):
         gate, up = layer.gate.project(normed, seeds[0]), layer.up.project(normed, seeds[0])
         del normed
         ctx.save_for_backward(x, rstd, *((gate, up) if layer.keeps_gate_and_up else ()))
-        y = layer.down.project(layer.activation(gate).mul_(up), seeds[1])
+        y = layer.down.project(_activated(layer.activation, gate).mul_(up), seeds[1])
         return y.add_(rows).unsqueeze(0)
 
     @staticmethod
@@ -167,15 +169,12 @@ class _NormMlpAndResidual(torch.autograd.Function):
         rows = x[0]
         normed = _normalize(rows, rstd, layer.norms[1])
         gate, up = kept or (linear.project(normed, ctx.seeds[0]) for linear in (layer.gate, layer.up))
-        with torch.enable_grad():  # whatever the activation is
-            gate = gate.detach().requires_grad_()
-            activated = layer.activation(gate)
-        product = activated.detach() * up
+        activated = _activated(layer.activation, gate)
+        product = torch.mul(activated, up, out=empty(up.shape, up))
         grad_product, of_down = layer.down.backward(product, grad[0], ctx.seeds[1])
-        del product
-        (grad_gate,) = torch.autograd.grad(activated, gate, grad_product * up)
-        grad_up = grad_product.mul_(activated.detach())
-        del activated, gate, up, kept
+        grad_gate = _activation_backward(layer.activation, gate, torch.mul(grad_product, up, out=product))
+        grad_up = grad_product.mul_(activated)
+        del activated, product, gate, up, kept
         grad_normed, of_gate = layer.gate.backward(normed, grad_gate, ctx.seeds[0])
         grad_normed, of_up = layer.up.backward(normed, grad_up, ctx.seeds[0], into=grad_normed)
         del grad_gate, grad_up
@@ -294,8 +293,31 @@ def _shared_seed(linears: Sequence[ShardedLinear]) -> DropoutSeeds | None:
 
 def _joined(outs: Sequence[Tensor]) -> Tensor:
     """[1, heads, t, head] of each example -> [T, heads · head]; of one example a view, where the kernel wrote so."""
-    rows = [out[0].transpose(0, 1).flatten(1) for out in outs]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    rows = [out[0].transpose(0, 1) for out in outs]
+    if len(rows) == 1:
+        return rows[0].flatten(1)
+    shape = (sum(map(len, rows)), *rows[0].shape[1:])
+    return torch.cat(rows, out=empty(shape, rows[0])).flatten(1)
+
+
+def _activated(activation: nn.Module, gate: Tensor) -> Tensor:
+    if _is_silu(activation):
+        return torch.ops.aten.silu.out(gate, out=empty(gate.shape, gate))
+    return activation(gate)
+
+
+def _activation_backward(activation: nn.Module, gate: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `gate`, in place of `grad`, that of the activation's output."""
+    if _is_silu(activation):
+        return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+    with torch.enable_grad():
+        gate = gate.detach().requires_grad_()
+        (grad_gate,) = torch.autograd.grad(activation(gate), gate, grad)
+    return grad_gate
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.SiLU | SiLUActivation)
 
 
 def _rstd(rows: Tensor, norm: nn.Module) -> Tensor:
@@ -306,14 +328,15 @@ def _rstd(rows: Tensor, norm: nn.Module) -> Tensor:
 
 
 def _normalize(rows: Tensor, rstd: Tensor, norm: nn.Module) -> Tensor:
-    return (rows * rstd).to(rows.dtype) * norm.weight
+    # In fp32, as rstd is, and rounded to the rows' precision before the weight's product, as transformers does.
+    return torch.mul(rows, rstd, out=empty(rows.shape, rows)).mul_(norm.weight)
 
 
 def _norm_backward(rows: Tensor, rstd: Tensor, norm: nn.Module, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
     """With x̂ = x·rstd and g = grad·weight: rstd · (g - x̂ · mean(g·x̂)), computed in fp32; and the weight's gradient."""
-    unit = rows * rstd  # in fp32, as rstd is
+    unit = torch.mul(rows, rstd, out=empty(rows.shape, rstd))
     of_weight = [(grad * unit).sum(0).to(grad.dtype)] if norm.weight.requires_grad else []
-    weighted = (grad * norm.weight).to(unit.dtype)
+    weighted = torch.mul(grad, norm.weight, out=empty(rows.shape, rstd))
     mean = torch.linalg.vecdot(weighted, unit).div_(rows.shape[-1]).unsqueeze(-1)
     return weighted.addcmul_(unit, mean, value=-1).mul_(rstd).to(rows.dtype), of_weight
 
@@ -322,7 +345,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [T, heads, head] by cos and sin [T, head], new memory; -sin rotates back."""
     half = states.shape[-1] // 2
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotated = states * cos
+    rotated = torch.mul(states, cos, out=empty(states.shape, states))
     rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
     return rotated
