@@ -7,7 +7,9 @@ A decoder's examples are long and few, and have a product each, without padding 
 a sentence each: those of about one length share a product, padded to a multiple of 16 tokens, in attention alone.
 """
 
+import math
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -96,7 +98,8 @@ def attend_both_ways(
     drops: of the probabilities [heads, tokens, tokens] of each example, which are then written out: the kernel's own
     dropout is drawn from one stream for a rank. What is drawn for an example has the size that it alone is padded to.
     """
-    padding = _padding(example_lengths or (query.shape[2],), query.device)
+    made = _padding if type(query) is Tensor else _padding.__wrapped__  # a plan's fake tensors are of one trace only
+    padding = made(example_lengths or (query.shape[2],), query.device)
     seeds = () if drops is None else drops.draw()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     padded = (
@@ -145,21 +148,22 @@ def _padding(lengths: tuple[int, ...], device: torch.device) -> _Padding:
     members: dict[int, list[int]] = {}
     for example, length in enumerate(lengths):
         members.setdefault(-(-length // _MULTIPLE) * _MULTIPLE, []).append(example)
-    counts = torch.tensor(lengths)
-    starts = counts.cumsum(0) - counts
-    groups, sizes, sources, real = [], [], [], []
+    starts = [0, *accumulate(lengths)]
+    groups, sizes, sources, real, places = [], [], [], [], [0] * sum(lengths)
     for longest, examples in members.items():
-        within = torch.arange(longest)
-        is_real = within < counts[examples].unsqueeze(1)
-        bias = torch.zeros(is_real.shape).masked_fill_(~is_real, float("-inf"))
-        groups.append(_Group(tuple(examples), None if is_real.all() else bias[:, None, None].to(device)))
-        sizes.append(is_real.numel())
-        real.append(is_real.flatten())
-        sources.append((starts[examples].unsqueeze(1) + within).clamp_(max=sum(lengths) - 1).flatten())
-    source, is_real = torch.cat(sources), torch.cat(real)
-    places = torch.empty(sum(lengths), dtype=torch.int64)
-    places[source[is_real]] = is_real.nonzero().flatten()
-    return _Padding(groups, sizes, source.to(device), places.to(device), is_real[:, None, None].to(device))
+        padding = []
+        for example in examples:
+            length, start, place = lengths[example], starts[example], len(sources)
+            places[start : start + length] = range(place, place + length)
+            sources += [*range(start, start + length), *[start] * (longest - length)]
+            real += [True] * length + [False] * (longest - length)
+            padding.append([0.0] * length + [-math.inf] * (longest - length))
+        is_padded = any(lengths[example] < longest for example in examples)
+        bias = torch.tensor(padding, device=device)[:, None, None] if is_padded else None
+        groups.append(_Group(tuple(examples), bias))
+        sizes.append(len(examples) * longest)
+    source, place = (torch.tensor(positions, device=device) for positions in (sources, places))
+    return _Padding(groups, sizes, source, place, torch.tensor(real, device=device)[:, None, None])
 
 
 class _Moved(torch.autograd.Function):
