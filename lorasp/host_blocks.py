@@ -90,13 +90,12 @@ def _mapped(size: int) -> mmap.mmap:
 _blocks = _Blocks()
 
 
-def empty(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and contiguous, on `like`'s device, of its dtype unless another is given: for an `out=`.
+def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """Uninitialised and contiguous, of `like`'s device and dtype: for an `out=`.
 
     For what a step makes and frees: a view of it keeps the whole block.
     """
-    dtype = like.dtype if dtype is None else dtype
-    count = math.prod(shape)
+    dtype, count = like.dtype, math.prod(shape)
     is_real = type(like) in (Tensor, nn.Parameter)  # a plan's FakeTensor says that it is on a CPU
     if like.device.type != "cpu" or not is_real or count * dtype.itemsize < _SMALLEST:
         return torch.empty(shape, dtype=dtype, device=like.device)

@@ -307,7 +307,7 @@ def _activated(activation: nn.Module, gate: Tensor) -> Tensor:
 
 
 def _activation_backward(activation: nn.Module, gate: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of `gate`, in place of `grad`, that of the activation's output."""
+    """The gradient of `gate` from `grad`, that of the activation's output, whose memory it may take."""
     if _is_silu(activation):
         return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
     with torch.enable_grad():
