@@ -43,6 +43,11 @@ class LiveTensors(TorchDispatchMode):
             self._resize(reference())
         return self._live_bytes
 
+    def take_peak(self) -> int:
+        """The peak since the last call; the next one starts at what is live now."""
+        peak, self.peak_bytes = self.peak_bytes, self.live_bytes
+        return peak
+
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -1,9 +1,9 @@
 """What each rank will hold at most, by phase and part, told from a recipe before anything is loaded.
 
 What is kept between steps is counted from the model on the meta device, by ZeRO-3's own rule: a rank keeps ⌈n/N⌉
-elements of a parameter of n. What a step needs besides is traced (tracing.py) with one layer, and with two; the
-difference is what a layer adds. No weight, no GPU, no deepspeed and no bitsandbytes is needed, and no constant is
-fitted to a run.
+elements of a parameter of n. What a step needs besides is traced (tracing.py) with few layers of each kind, and with
+one more; the difference is what a layer adds. No weight, no GPU, no deepspeed and no bitsandbytes is needed, and no
+constant is fitted to a run.
 
 A plan counts tensors: not the CUDA context and NCCL's buffers on a GPU (0.5 to 1.5 GiB outside torch's allocator), nor
 what an allocator keeps of what was freed; and those on the rank's device: what is offloaded from a GPU is the host's.
@@ -23,14 +23,16 @@ from transformers import PreTrainedConfig
 from lorasp.data import glue
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
+from lorasp.data.pairs import PairBatch, collate_pairs
 from lorasp.glue import GLUE
 from lorasp.memory import GATHERED_AT_ONCE, gib
 from lorasp.models.gathers import gathered_bytes
+from lorasp.models.recompute import set_recomputation
 from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
-from lorasp.tracing import NoPlan, Traces
+from lorasp.tracing import Traces, layer_counts
 
 _ADAPTER = ("A", "B", "A_rest", "W", "W_rest")  # as accounting.py has it, which imports deepspeed
 
@@ -67,15 +69,13 @@ def plan(
     traces: Traces | None = None,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
-    tokens, all of them labelled (of a classifier, each row once).
+    tokens, all of them labelled (of a classifier, each row once; of T5, as long on either side).
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
     DeepSpeed configuration that keeps a set of shards in each node. traces: shared by plans of one model, method and
     precision, so that nothing is built or traced twice.
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
-    if recipe.kind == "translation":
-        raise NoPlan("T5's encoder and decoder are layers of two kinds, and a plan knows one")
     batch = _full_batch(recipe) if batch is None else batch
     base_whole = keeps_base_whole(recipe.deepspeed.config)
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
@@ -83,29 +83,32 @@ def plan(
     shards_away = device != "cpu" and _offloads_shards(recipe)
     traces = Traces() if traces is None else traces
 
-    def measured(layers: int) -> dict[str, int]:
+    def measured(layers: tuple[int, ...]) -> dict[str, int]:
         model = traces.model(recipe, config, dtype, layers)
         counted = _count(model, recipe, world_size, group, base_whole)
         return counted | traces.step(model, batch, activations_away=activations_away)
 
-    one, two = measured(1), measured(2)
-    layers = config.get_text_config().num_hidden_layers
-    found = {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
+    few = _few_layers(config)
+    found = least = measured(few)
+    layer = 0  # the larger kind's, stored
+    for kind, count in enumerate(layer_counts(config)):
+        more = measured(tuple(number + (kind == other) for other, number in enumerate(few)))
+        found = {key: value + (count - few[kind]) * (more[key] - least[key]) for key, value in found.items()}
+        layer = max(layer, more["stored"] - least["stored"])
     if shards_away:
         found["base_shard"] = found["adapters"] = 0
     # Nothing is gathered where a rank's shard is the whole.
     is_whole = base_whole or (world_size == 1 and not shards_away)
-    layer = 0 if is_whole else two["stored"] - one["stored"]
-    head = 0 if is_whole else one["head"]
+    gathered, head = (0, 0) if is_whole else (layer, least["head"])
     held = {part: found[part] for part in ("base_shard", "adapters", "masks", "buffers", "gradients")}
     trained = {**held, "optimizer": 3 * found["masters"] + 4}
     # The head's weight is whole while the last layer is gathered for its backward; then layer by layer, the next one
     # on its way.
-    at_head = {"gathered": head + layer, "activations": found["peak_at_head"]}
-    in_backward = {"gathered": 2 * layer, "activations": found["peak_in_backward"]}
+    at_head = {"gathered": head + gathered, "activations": found["peak_at_head"]}
+    in_backward = {"gathered": 2 * gathered, "activations": max(found["peak_in_backward"], found["peak_in_encoder"])}
     train = max(at_head, in_backward, key=lambda parts: sum(parts.values()))
     # The last unit is filled while the adapters of all are still whole; then the optimizer takes its masters.
-    unit = max(two["stored"] - one["stored"], one["embedding"]) + one["largest_filled"]
+    unit = max(layer, least["embedding"]) + least["largest_filled"]
     filling = {**held, "adapters": found["adapters_whole"], "gradients": 0, "unit": unit}
     ready = {**held, "optimizer": found["masters"]}
     load = max(filling, ready, key=lambda parts: sum(parts.values()))
@@ -114,11 +117,19 @@ def plan(
     return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save}, received)
 
 
-def _full_batch(recipe: Recipe) -> Batch | glue.GlueBatch:
+def _few_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """From which on each layer more adds the same: one, but two of T5's, which add up what a position bias is due."""
+    kinds = len(layer_counts(config))
+    return (1,) if kinds == 1 else (2,) * kinds
+
+
+def _full_batch(recipe: Recipe) -> Batch | glue.GlueBatch | PairBatch:
     length, count = recipe.data.max_length, recipe.training.micro_batch_size
     if recipe.kind == "classification":
         rows = [glue.GlueExample((0,) * length, (0,) * length, 0)] * count
         return glue.collate(rows, range(count), is_regression=GLUE[recipe.task].is_regression)
+    if recipe.kind == "translation":
+        return collate_pairs([Example((0,) * 2 * length, prompt_length=length)] * count, range(count))
     return collate([Example((0,) * length, prompt_length=1)] * count, range(count))
 
 
@@ -150,6 +161,7 @@ def as_method(recipe: Recipe, method: str) -> Recipe:
 # again, and then what is moved.
 _CONFIGS = ("zero2.json", "zero3_hpz.json", "zero3.json", "zero3_offload.json")
 _POLICIES = (("selective", False), ("lean", False), ("layer", False), ("lean", True))
+_OTHER_POLICIES = (("none", False), ("layer", False), ("none", True))  # where layers cannot be taken apart
 
 
 def plans_that_fit(
@@ -170,8 +182,9 @@ def plans_that_fit(
     sizes = [size for size in range(2 * training.micro_batch_size, 0, -1) if _divides(recipe, size, world_size)]
     how = {"world_size": world_size, "dtype": dtype, "device": device, "ranks_of_a_node": ranks_of_a_node}
     how["traces"] = Traces()
+    policies = [its for its in _policies(recipe, config, dtype, how["traces"]) if device != "cpu" or not its[1]]
     for path in _configurations(recipe, world_size, device, ranks_of_a_node):
-        for policy, away in _POLICIES[: 3 if device == "cpu" else None]:
+        for policy, away in policies:
             settings = {"activation_checkpointing": policy, "offload_activations": away}
             update = {"training": training.model_copy(update=settings)}
             update["deepspeed"] = recipe.deepspeed.model_copy(update={"config": path})
@@ -184,6 +197,16 @@ def plans_that_fit(
                 if path != recipe.deepspeed.config:
                     overrides.append(f"deepspeed.config={Path(path).name}")
                 yield overrides, its_plan
+
+
+def _policies(
+    recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, traces: Traces
+) -> tuple[tuple[str, bool], ...]:
+    """(activation_checkpointing, offload_activations) that make a difference to this model."""
+    training = recipe.training.model_copy(update={"activation_checkpointing": "selective"})
+    few = traces.model(recipe.model_copy(update={"training": training}), config, dtype, _few_layers(config))
+    _, fallback = set_recomputation(few.model, "selective")
+    return _OTHER_POLICIES if fallback else _POLICIES
 
 
 def _largest_micro_batch(

@@ -5,6 +5,8 @@ Forward and backward run as they are; what each operation makes and frees is cou
 
 import contextlib
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch
-from lorasp.dropout import ExampleDropout
 from lorasp.live_tensors import LiveTensors
 from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CHUNK_ROWS
@@ -40,8 +41,10 @@ class Traces:
         self._models: dict[tuple, TaskModel] = {}
         self._steps: dict[tuple, dict[str, int]] = {}
 
-    def model(self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: int) -> TaskModel:
-        """The recipe's model with so many decoder layers, without memory. Raises RecipeError as `build_on_meta`."""
+    def model(
+        self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: tuple[int, ...]
+    ) -> TaskModel:
+        """The recipe's model with so many layers (see `layer_counts`), without memory. Raises as `build_on_meta`."""
         key = (layers, recipe.training.activation_checkpointing)
         if key not in self._models:
             model = build_on_meta(_with_layers(config, layers), recipe, dtype, draws=False)
@@ -51,14 +54,24 @@ class Traces:
 
     def step(self, model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
         """What `trace` finds of a model that `model` gave; other batches of the same lengths need the same."""
-        key = (model, batch.lengths, len(batch.labels), activations_away)
+        key = (model, batch.lengths, batch.label_counts, activations_away)
         if key not in self._steps:
             self._steps[key] = trace(model, batch, activations_away=activations_away)
         return self._steps[key]
 
 
+def layer_counts(config: PreTrainedConfig) -> tuple[int, ...]:
+    """How many layers a model has of each kind: the encoder's and the decoder's of one with both, else one number."""
+    if config.model_type == "t5":
+        return config.num_layers, config.num_decoder_layers
+    return (config.get_text_config().num_hidden_layers,)
+
+
 def trace(model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
-    """Most bytes of activations up to the end of the head's forward, and in backward.
+    """Most bytes of activations up to the end of the head's forward, in backward, and in a source's encoder's.
+
+    Each by itself is a sum over layers; which one is the greatest depends on how many layers of each kind there are.
+    Without such an encoder the third is the second.
 
     activations_away: what is kept for backward waits in the host's memory, and is not counted.
     Raises NoPlan for a model whose code wants to see a value.
@@ -75,24 +88,38 @@ def trace(model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str
         }
         try:
             with LiveTensors() as live:
-                with kept:
+                in_backward: list[int] = []
+                with kept, _at_gradient(model.source_encoder(), lambda: in_backward.append(live.take_peak())):
                     loss = model(**inputs)
-                at_head = live.peak_bytes
-                live.peak_bytes = live.live_bytes
+                at_head = live.take_peak()
                 loss.backward()
-                in_backward = live.peak_bytes
+                in_backward.append(live.take_peak())
         except Exception as error:  # of another architecture's code, which may want to see a value
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise NoPlan(f"{type(model.model).__name__} cannot be traced without memory ({reason})") from error
-    return {"peak_at_head": at_head, "peak_in_backward": in_backward}
+    return {"peak_at_head": at_head, "peak_in_backward": in_backward[0], "peak_in_encoder": in_backward[-1]}
 
 
-def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def _at_gradient(module: nn.Module | None, call: Callable[[], None]) -> AbstractContextManager:
+    """Calls once the gradient of what `module` put out meanwhile is whole."""
+    if module is None:
+        return contextlib.nullcontext()
+
+    def watch(_: nn.Module, __: Any, output: Any) -> None:
+        output[0].register_hook(lambda gradient: call())
+
+    return module.register_forward_hook(watch)
+
+
+def _with_layers(config: PreTrainedConfig, layers: tuple[int, ...]) -> PreTrainedConfig:
     config = copy.deepcopy(config)
+    if config.model_type == "t5":
+        config.num_layers, config.num_decoder_layers = layers
+        return config
     text = config.get_text_config()
-    text.num_hidden_layers = layers
+    (text.num_hidden_layers,) = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
     return config
 
 
@@ -111,13 +138,8 @@ def _make_fake(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        if isinstance(module, ShardedLinear):
-            if module.quantization.format != "none":
-                module.dense_weight = _Dequantized(module)
-            if getattr(module, "dropout", 0):
-                module.draw_dropout = tuple  # whose mask is ones: a drawn number would have a value
-        if isinstance(module, ExampleDropout):
-            module.draw = tuple
+        if isinstance(module, ShardedLinear) and module.quantization.format != "none":
+            module.dense_weight = _Dequantized(module)
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

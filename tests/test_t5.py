@@ -1,21 +1,23 @@
 """T5 over concatenated pairs, against transformers' and peft's, padded and masked: logits, gradients, some steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lorasp.accounting import count_flops, count_parameters
 from lorasp.adapter import adapted_linears
 from lorasp.data.examples import Example
 from lorasp.data.pairs import collate_pairs
+from lorasp.live_tensors import LiveTensors
 from lorasp.models.build import build_on_meta, filled_units, units
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.weights import Checkpoint, load_config, locate_model
-from lorasp.planning import plan
+from lorasp.planning import plan, plans_that_fit
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Model, Recipe, RecipeError
-from lorasp.tracing import NoPlan
 from tests.reference import DenseMaskedLinear
 from tests.tiny_models import PAD, save_model
 
@@ -287,7 +289,39 @@ def test_what_is_not_t5_is_refused(directories):
         build_on_meta(load_config(directories["t5"], causal.model), causal, torch.float32)
 
 
-def test_no_plan_is_made_of_t5(directories):
-    settings = recipe(directories["t5"])
-    with pytest.raises(NoPlan, match="encoder"):
-        plan(settings, load_config(directories["t5"], settings.model), world_size=2, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "method", "policy", "lengths"),
+    [
+        ("t5_dropout", "lorasp", "none", [(40, 9), (60, 5)]),
+        ("t5_dropout", "lorasp", "layer", [(500, 3)]),  # most of it while the encoder goes back
+        ("t5", "full", "layer", [(9, 40), (5, 60)]),
+    ],
+)
+def test_a_plan_foresees_what_a_step_makes(kind, method, lengths, policy, directories, tmp_path):
+    """Told from few layers, beside the tensors of a step of six and four."""
+    config = T5Config.from_pretrained(directories[kind], num_layers=6, num_decoder_layers=4)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    batch = collate_pairs(pairs(lengths), range(len(lengths)))
+    training = {"activation_checkpointing": policy}
+    settings = recipe(tmp_path, method=method, training=training)
+    its = plan(settings, load_config(tmp_path, settings.model), world_size=1, dtype=torch.float32, batch=batch)
+
+    model = build(tmp_path, method=method, training=training).train()
+    set_recomputation(model.model, policy)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # reduced and let go at once, as ZeRO does
+            parameter.register_post_accumulate_grad_hook(lambda its: setattr(its, "grad", None))
+    batch = replace(batch, keys=tuple(range(len(lengths))))
+    with LiveTensors() as live:
+        model(**batch.model_inputs("cpu")).backward()
+    assert its.phases["train"]["activations"] == pytest.approx(live.peak_bytes, rel=0.05 if method == "full" else 1e-3)
+
+
+def test_a_plan_of_t5_says_what_fits(directories):
+    settings = recipe(directories["t5"], training={"micro_batch_size": 4})
+    config = load_config(directories["t5"], settings.model)
+    found = list(plans_that_fit(settings, config, world_size=2, dtype=torch.float32, limit_bytes=2**40, device="cpu"))
+    whole = [words[:2] for words, _ in found if words[-1] == "deepspeed.config=zero2.json"]
+    assert [words[0].partition("=")[2] for words in whole] == ["none", "layer"]  # what changes something for T5
+    largest = [its.peak("train") for _, its in found]
+    assert largest[0] > largest[1]

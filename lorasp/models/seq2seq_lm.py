@@ -39,6 +39,9 @@ class Seq2SeqLM(TaskModel):
             if not name.endswith(("EncDecAttention.k", "EncDecAttention.v")):
                 yield module
 
+    def source_encoder(self) -> nn.Module:
+        return self.model.encoder
+
     def forward(
         self,
         input_ids: Tensor,

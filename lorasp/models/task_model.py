@@ -67,6 +67,10 @@ class TaskModel(nn.Module, ABC):
         """Modules that only targets reach, each of whose tokens is a label, where a source's reach all the others."""
         yield from ()
 
+    def source_encoder(self) -> nn.Module | None:
+        """The module that all layers of a source's encoder are in, where the model has layers of two kinds."""
+        return None
+
     def needless_in_backward(self) -> Iterator[nn.Module]:
         """Modules with weights that no backward reads, so that nobody gathers them for it.
 
