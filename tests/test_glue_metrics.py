@@ -51,4 +51,4 @@ def test_the_baseline_answers_with_the_commonest_label_of_training():
     assert found["f1"] == pytest.approx(2 * 7 / (2 * 7 + 5))
     assert majority_baseline(("matthews",), [0, 1], LABELS, is_regression=False) == {"answer": 0, "matthews": 0.0}
     mean = majority_baseline(("pearson",), SCORES, SCORES, is_regression=True)
-    assert mean["answer"] == pytest.approx(sum(SCORES) / 6) and math.isnan(mean["pearson"])
+    assert mean == {"answer": pytest.approx(sum(SCORES) / 6)}

@@ -1,5 +1,6 @@
 """GLUE's metrics, by scikit-learn and scipy, of predictions that are all there."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -61,8 +62,9 @@ def majority_baseline(
     names: Sequence[str], trained: Values, labels: Values, *, is_regression: bool
 ) -> dict[str, float]:
     """The metrics of one who answers every row with the commonest label of the rows that are `trained` (the smallest
-    of equals), or of scores with their mean; `answer` is that.
+    of equals), or of scores with their mean; `answer` is that. Without correlations, which a constant has none of.
     """
     counts = Counter(trained)
     answer = float(np.mean(trained)) if is_regression else min(counts, key=lambda label: (-counts[label], label))
-    return {"answer": answer, **glue_metrics(names, labels, [answer] * len(labels))}
+    found = glue_metrics(names, labels, [answer] * len(labels))
+    return {"answer": answer, **{name: value for name, value in found.items() if not math.isnan(value)}}

@@ -76,7 +76,8 @@ class GlueScore:
         return "; ".join(
             f"{name.replace('_', ', ')}: "
             + ", ".join(
-                f"{metric} {value:.4f} (majority {score.majority[metric]:.4f})"
+                f"{metric} {value:.4f}"
+                + (f" (majority {score.majority[metric]:.4f})" if metric in score.majority else "")
                 for metric, value in score.metrics.items()
             )
             + f", loss {score.loss:.4f}, {score.count:,} rows"
