@@ -145,6 +145,17 @@ def test_a_sweep_that_varies_nothing_is_its_recipes_run(write):
     assert cell.name == "tiny" and cell.recipe.seed == 0
 
 
+def test_of_equal_scores_the_least_loss_chooses(write):
+    """CoLA's Matthews is 0 at each rate while a classifier calls everything acceptable; its loss tells them apart."""
+    sweep = read_sweep(write(SWEEP.replace("[1e-4, 1e-3]", "[1e-4, 1e-3, 1e-2]")))
+    group = groups(sweep)[0]
+    cells = [cell for cell in candidates(sweep) if cell.group == group]
+    for cell, loss in zip(cells, (0.62, 0.61, 0.63), strict=True):
+        finished_run(cell.run_dir, cell.recipe, reported=split("matthews", 0.0, loss=loss))
+    chosen = choose(sweep, group, cells)
+    assert chosen.learning_rate == 1e-3 and [its.loss for its in chosen.candidates] == [0.62, 0.61, 0.63]
+
+
 def end(cell, score: float | None, status: str = "finished") -> None:
     finished_run(cell.run_dir, cell.recipe, reported=split("held_out_loss", score), status=status)
 

@@ -22,18 +22,26 @@ _SPLIT = {"selection": "selection", "held_out": "reported"}  # choose.by -> whos
 
 @dataclass(frozen=True)
 class Candidate:
-    """score: None of a run that its loss stopped, or whose score is no number."""
+    """score: None of a run that its loss stopped, or whose score is no number. loss: of the same rows, where the score
+    is of another kind.
+    """
 
     learning_rate: float
     run: str
     score: float | None
     status: str
+    loss: float | None = None
+
+    @property
+    def tie_breaker(self) -> float:
+        return math.inf if self.loss is None else self.loss
 
 
 @dataclass(frozen=True)
 class Choice:
-    """metric: of which the scores are; learning_rate: the best one's, of equal ones the lowest; reports: the names of
-    the runs to report, which train at it.
+    """metric: of which the scores are; learning_rate: the best one's, of equal ones that of the least loss (a
+    classifier that answers alike everywhere scores the same at each), then the lowest; reports: the names of the runs
+    to report, which train at it.
     """
 
     group: str
@@ -97,22 +105,24 @@ def choose(sweep: Sweep, group: str, cells: list[Cell]) -> Choice | str:
             if split is None:
                 raise RecipeError(f"{cell.run_dir}: its report has no score to choose by ({sweep.file.choose.by})")
             splits.append(split)
-        score = None if outcome.kind == "stopped" else split["score"]
-        is_number = isinstance(score, int | float) and math.isfinite(score)
-        candidates.append(
-            Candidate(cell.learning_rate, cell.name, float(score) if is_number else None, outcome.report["status"])
-        )
+        of_run = {} if outcome.kind == "stopped" else split
+        score, loss = (_number(of_run.get("score")), _number(of_run.get("metrics", {}).get("loss")))
+        candidates.append(Candidate(cell.learning_rate, cell.name, score, outcome.report["status"], loss))
     scored = [candidate for candidate in candidates if candidate.score is not None]
     if not scored:
         return f"none of its learning rates gave a score ({', '.join(cell.name for cell in cells)})"
     higher = splits[0]["higher_is_better"]
-    best = min(scored, key=lambda its: (-its.score if higher else its.score, its.learning_rate))
+    best = min(scored, key=lambda its: (-its.score if higher else its.score, its.tie_breaker, its.learning_rate))
     seed = cells[0].recipe.seed
     by, metric = sweep.file.choose.by, splits[0]["metric"]
     reports = tuple(its.name for its in final_cells(sweep, {group: best.learning_rate}) if its.group == group)
     chosen = Choice(group, by, metric, higher, seed, tuple(candidates), best.learning_rate, reports)
     write_text_whole(choice_file(sweep, group), json.dumps(asdict(chosen), indent=1) + "\n")
     return chosen
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def score_to_choose_by(report: Mapping[str, Any], by: str) -> Mapping[str, Any] | None:
