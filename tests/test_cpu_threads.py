@@ -12,7 +12,9 @@ from lorasp import cpu_threads
 ROOT = Path(__file__).resolve().parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 RANK = "from lorasp.cpu_threads import share_cores_among_ranks; share_cores_among_ranks()\n"
-RANK += "import os, torch; print('threads', os.environ.get('OMP_NUM_THREADS'), torch.get_num_threads())"
+RANK += "import os, sys, torch; variable = os.environ.get('OMP_NUM_THREADS')\n"
+# one write a line: torchrun starts ranks with `python -u`, whose print() writes each word alone, among another rank's
+RANK += "sys.stdout.write(f'threads {variable} {torch.get_num_threads()}\\n')"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
 
 
