@@ -154,6 +154,8 @@ def test_of_equal_scores_the_least_loss_chooses(write):
         finished_run(cell.run_dir, cell.recipe, reported=split("matthews", 0.0, loss=loss))
     chosen = choose(sweep, group, cells)
     assert chosen.learning_rate == 1e-3 and [its.loss for its in chosen.candidates] == [0.62, 0.61, 0.63]
+    scores, losses = "(0.0001: 0, 0.001: 0, 0.01: 0)", "(0.0001: 0.62, 0.001: 0.61, 0.01: 0.63)"
+    assert chosen.describe().endswith(f"matthews {scores}, of equal ones by the loss {losses}")
 
 
 def end(cell, score: float | None, status: str = "finished") -> None:

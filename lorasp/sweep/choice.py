@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,19 @@ class Choice:
     reports: tuple[str, ...]
 
     def describe(self) -> str:
-        scores = ", ".join(
-            f"{its.learning_rate:g}: {'none' if its.score is None else f'{its.score:.4g}'}" for its in self.candidates
-        )
         rates = [its.learning_rate for its in self.candidates]
+        told = f"{self.group or 'learning rate'}: {self.learning_rate:g} by {self.by} {self.metric}"
+        told += f" ({_by_rate(self.candidates, 'score')})"
+        equal = [its for its in self.candidates if its.score == self.candidates[rates.index(self.learning_rate)].score]
+        if len(equal) > 1:
+            told += f", of equal ones by the loss ({_by_rate(equal, 'loss')})"
         edge = {min(rates): "lowest", max(rates): "highest"}.get(self.learning_rate)
-        told = f"{self.group or 'learning rate'}: {self.learning_rate:g} by {self.by} {self.metric} ({scores})"
         return f"{told}; it is the {edge} that was tried" if edge else told
+
+
+def _by_rate(candidates: Sequence[Candidate], name: str) -> str:
+    numbers = ((its.learning_rate, getattr(its, name)) for its in candidates)
+    return ", ".join(f"{rate:g}: {'none' if number is None else f'{number:.4g}'}" for rate, number in numbers)
 
 
 def choice_file(sweep: Sweep, group: str) -> Path:
