@@ -94,7 +94,7 @@ class Measured:
     live_peak: int = 0
     first_loss: float = 0.0
     real_tokens: float = 0.0  # a step, over all ranks
-    mfu: float = 0.0  # ours: as the report says it
+    mfu: list[float] = field(default_factory=list)  # ours: as the report of each turn says it
 
 
 CASES = {
@@ -233,7 +233,8 @@ def _mfu(measured: Measured, sides: dict[str, Measured]) -> float:
     def rate(m: Measured) -> float:
         return m.real_tokens / statistics.median(m.seconds)
 
-    return measured.mfu if measured.mfu else ours.mfu * rate(measured) / rate(ours)
+    limit = statistics.median(ours.mfu) / rate(ours)
+    return statistics.median(measured.mfu) if measured.mfu else limit * rate(measured)
 
 
 class Workload:
@@ -311,7 +312,8 @@ class Workload:
         report = json.loads((self._directory / "runs" / "ours" / "report.json").read_text())
         history = report["history"]
         measured.seconds += [row["step_seconds"] for row in history[_WARM_UP:]]
-        measured.first_loss, measured.mfu = history[0]["loss"], report["throughput"]["mfu"]
+        measured.first_loss = history[0]["loss"]
+        measured.mfu.append(report["throughput"]["mfu"])
         measured.real_tokens = statistics.mean(
             row["step_seconds"] * row["real_tokens_per_second"] for row in history[_WARM_UP:]
         )

@@ -26,7 +26,7 @@ def bench() -> "benchmark.Benchmark":
 
 def test_the_table_gives_medians_ranges_and_ratios_above_an_empty_process():
     stack = benchmark.Measured([20.0, 18.0, 22.0], int(1.5 * GIB), int(2.5 * GIB), 3 * GIB, 2.0, 700.0)
-    ours = benchmark.Measured([5.0, 4.0, 9.0], int(0.75 * GIB), int(1.5 * GIB), GIB, 2.0, 700.0, mfu=0.6)
+    ours = benchmark.Measured([5.0, 4.0, 9.0], int(0.75 * GIB), int(1.5 * GIB), GIB, 2.0, 700.0, mfu=[0.5, 0.6, 0.9])
     made = bench()
     rows = made.table({"same_examples": {benchmark.STACK: stack, "ours": ours}}).splitlines()
     assert "0.50 GiB" in rows[0]
