@@ -27,7 +27,6 @@ from lorasp.data.pairs import PairBatch, collate_pairs
 from lorasp.glue import GLUE
 from lorasp.memory import GATHERED_AT_ONCE, gib
 from lorasp.models.gathers import gathered_bytes
-from lorasp.models.recompute import set_recomputation
 from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
@@ -205,8 +204,7 @@ def _policies(
     """(activation_checkpointing, offload_activations) that make a difference to this model."""
     training = recipe.training.model_copy(update={"activation_checkpointing": "selective"})
     few = traces.model(recipe.model_copy(update={"training": training}), config, dtype, _few_layers(config))
-    _, fallback = set_recomputation(few.model, "selective")
-    return _OTHER_POLICIES if fallback else _POLICIES
+    return _OTHER_POLICIES if traces.fallback(few) else _POLICIES
 
 
 def _largest_micro_batch(

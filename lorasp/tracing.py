@@ -39,6 +39,7 @@ class Traces:
 
     def __init__(self) -> None:
         self._models: dict[tuple, TaskModel] = {}
+        self._fallbacks: dict[TaskModel, str | None] = {}
         self._steps: dict[tuple, dict[str, int]] = {}
 
     def model(
@@ -48,9 +49,13 @@ class Traces:
         key = (layers, recipe.training.activation_checkpointing)
         if key not in self._models:
             model = build_on_meta(_with_layers(config, layers), recipe, dtype, draws=False)
-            set_recomputation(model.model, recipe.training.activation_checkpointing)
+            _, self._fallbacks[model] = set_recomputation(model.model, recipe.training.activation_checkpointing)
             self._models[key] = model
         return self._models[key]
+
+    def fallback(self, model: TaskModel) -> str | None:
+        """Why a model that `model` gave does not recompute as its recipe says; None: it does."""
+        return self._fallbacks[model]
 
     def step(self, model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
         """What `trace` finds of a model that `model` gave; other batches of the same lengths need the same."""
