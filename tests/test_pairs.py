@@ -1,7 +1,6 @@
 """Sentence pairs: what is read of files and of the hub's layout, what is refused, and the tokens that come out."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ import pytest
 from lorasp.data import sources
 from lorasp.data.pairs import PREFIX, collate_pairs, encode_pairs, read_pairs
 from lorasp.recipe import RecipeError, Source
+from tests.real_data import real_data
 from tests.tiny_models import EOS, byte_tokenizer
-
-REAL = Path(os.environ.get("LORASP_DATA", "/nowhere")) / "wmt16_en_ro"
 
 
 def write(directory: Path, split: str, source: str, target: str) -> Source:
@@ -149,10 +147,10 @@ def test_a_batch_holds_pairs_one_behind_the_other(tmp_path):
     assert nothing.input_ids.shape == nothing.decoder_input_ids.shape == (1, 1) and nothing.labels.numel() == 0
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="LORASP_DATA names no directory with wmt16_en_ro")
 def test_the_real_sets_have_the_published_sizes():
+    directory = real_data("wmt16_en_ro")
     for split, source, target in (("validation", 259_395, 290_402), ("test", 248_676, 278_538)):
-        rows = read_pairs(Source(path=str(REAL), split=split), empty_output="error")
+        rows = read_pairs(Source(path=str(directory), split=split), empty_output="error")
         assert len(rows.rows) == 1999
         # Bytes of both files, a line end each: nothing was lost on the way.
         for side, size in (("source", source), ("target", target)):

@@ -1,13 +1,12 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from lorasp.data.rows import read_rows
 from lorasp.recipe import RecipeError, Source
+from tests.real_data import real_data
 
-DATA = Path(os.environ.get("LORASP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ROWS = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
     {"instruction": "Greet.", "input": "", "output": "Hello\u2028Ærø"},  # U+2028: a line end to str.splitlines
@@ -30,9 +29,7 @@ def refusal(path: str, **options) -> str:
 
 
 def test_the_real_alpaca_has_28_rows_with_an_empty_output():
-    path = DATA / "alpaca" / "alpaca_data.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here (set LORASP_DATA)")
+    path = real_data("alpaca/alpaca_data.json")
     data = read(str(path))
     assert (len(data.rows), data.dropped_empty) == (52_002 - 28, 28)
     assert sum(row["input"] != "" for row in data.rows) == 20_679 - 16  # 16 of the 28 have an input
