@@ -3,12 +3,14 @@
 python launch/benchmark.py
 python launch/benchmark.py --cases same_examples --rounds 3 --steps 3
 python launch/benchmark.py --ranks 4 --batch 8 --length 512
+python launch/benchmark.py --ranks 1 --cases full_rows_7b --batch 4 --length 1024 --steps 5
 
 Needs `pip install peft` and Alpaca in $LORASP_DATA (default: ../shared/data). Both sides train at rank 16 on all
 linears with NF4 and ZeRO-3, in the same precision, with the same allocator settings and threads; they take turns in
 every round. `same_examples`: both train the same examples in the same steps, padded by the stack, unpadded by ours.
 `full_rows`: rows filled to their length, joined end to end by the stack, whole examples side by side by ours.
-`width_7b`: load and train layers of LLaMA-7B's true width with random weights (8: 4 GB of disk, 14 of memory).
+`width_7b`: load and train layers of LLaMA-7B's true width with random weights (8: 4 GB of disk, 14 of memory);
+`full_rows_7b`: full rows on those, for GPUs.
 """
 
 import argparse
@@ -97,17 +99,14 @@ class Measured:
     mfu: list[float] = field(default_factory=list)  # ours: as the report of each turn says it
 
 
+_FULL_ROWS = {
+    f"ours, {policy}": ["data.packing=true", f"training.activation_checkpointing={policy}"] for policy in _POLICIES
+}
 CASES = {
     "same_examples": Case("the same examples, each step", {"ours": []}),
-    "full_rows": Case(
-        "full rows",
-        {
-            f"ours, {policy}": ["data.packing=true", f"training.activation_checkpointing={policy}"]
-            for policy in _POLICIES
-        },
-        packed=True,
-    ),
+    "full_rows": Case("full rows", _FULL_ROWS, packed=True),
     "width_7b": Case("layers of 7B's width, random", {"ours": []}, model="slice-7b", batch=1, length=128),
+    "full_rows_7b": Case("full rows, layers of 7B's width, random", _FULL_ROWS, packed=True, model="slice-7b"),
 }
 
 

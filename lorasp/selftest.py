@@ -205,9 +205,10 @@ def check_memory_counters(device: "torch.device") -> str:
     with meter.phase("without"):
         torch.ones(_MIB, dtype=torch.uint8, device=device)
     seen, after = (meter.peaks[phase].peak_bytes / _MIB for phase in ("with", "without"))
-    # Pages that the C library and torch's threads touch on the way; the kernel counts in batches.
+    # Pages that the C library and torch's threads touch on the way; and the kernel counts a thread's pages in batches,
+    # of more pages the more cores there are: 16 cores left 2 MiB out.
     slack = 16
-    if not 64 - 1 <= seen <= 64 + slack:
+    if not 64 - slack <= seen <= 64 + slack:
         raise CheckFailed(f"64 MiB were allocated and {seen:.1f} MiB were seen by {meter.source}")
     if after > slack:
         raise CheckFailed(f"64 MiB were freed, but the next phase's peak is still {after:.1f} MiB by {meter.source}")

@@ -171,7 +171,7 @@ def test_peft_gives_our_logits_for_odd_sizes_and_biases(base, made, bases):
 def test_peft_on_a_base_that_transformers_quantized_gives_our_logits(made, bases):
     run_dir = made(quantization={"format": "nf4"})
     stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    base = AutoModelForCausalLM.from_pretrained(bases["llama_tied"], quantization_config=stored)
+    base = AutoModelForCausalLM.from_pretrained(bases["llama_tied"], quantization_config=stored, device_map=CPU)
     base.enable_input_require_grads()
     assert_same_logits(theirs(PeftModel.from_pretrained(base, export(run_dir, "peft"))), ours(run_dir))
 
@@ -260,7 +260,7 @@ QUANTIZATIONS = {
 def test_4_bit_export_holds_our_codes_and_gives_our_logits(quantization, made):
     run_dir = made(quantization={"format": "nf4", **QUANTIZATIONS[quantization]})
     out = export(run_dir, "bnb4bit")
-    base = AutoModelForCausalLM.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(out, device_map=CPU)
     # No path of this machine: the adapter's base is the directory above it, wherever both are taken.
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == ".."
     base.enable_input_require_grads()
@@ -276,7 +276,7 @@ def test_4_bit_export_holds_our_codes_and_gives_our_logits(quantization, made):
 @pytest.mark.parametrize("format,double_quant", [("nf4", True), ("fp4", False)])
 def test_4_bit_checkpoint_of_transformers_is_read_code_by_code(base, format, double_quant, made, bases, tmp_path):
     stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=format, bnb_4bit_use_double_quant=double_quant)
-    model = AutoModelForCausalLM.from_pretrained(bases[base], quantization_config=stored)
+    model = AutoModelForCausalLM.from_pretrained(bases[base], quantization_config=stored, device_map=CPU)
     model.save_pretrained(tmp_path / "4bit")
     AutoTokenizer.from_pretrained(bases[base]).save_pretrained(tmp_path / "4bit")
     run_dir = made(tmp_path / "4bit", quantization={"format": format, "double_quant": double_quant})

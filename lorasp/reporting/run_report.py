@@ -178,6 +178,7 @@ def collect_versions() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # which CUDA it was built for, too
     versions["git_commit"] = _git_commit()
     versions["platform"] = platform.platform()
     versions["cpu_count"] = os.cpu_count()
