@@ -34,7 +34,6 @@ def main() -> int:
         raise RecipeError("--max-new-tokens must be at least 1, --temperature at least 0")
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch
 
     from lorasp.evaluation.generation import CACHED_ATTENTION, generate_answer, prompt_tokens
     from lorasp.finished_run import read_run
@@ -47,8 +46,7 @@ def main() -> int:
     for warning in run.warnings():
         console.warn(warning)
     tokenizer = load_tokenizer(run.base, run.recipe.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = run.load(device, attention=CACHED_ATTENTION)
+    model = run.load(run.device, attention=CACHED_ATTENTION)
 
     for text in [options.prompt] if options.prompt is not None else _asked():
         generate_answer(

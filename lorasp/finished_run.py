@@ -72,12 +72,25 @@ class FinishedRun:
         found = []
         if self.report.get("status") != "finished":
             found.append(f"{self.directory}: the run did not finish ({self.report.get('status')})")
-        trained_on = self.report.get("device", "cpu").partition(":")[0]
-        here = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.quantized and not (self.base_is_packed or self.has_own_base) and trained_on != here:
-            # The mean that double quantization takes is summed in another order.
-            found.append(f"the base was quantized on {trained_on}; done again on {here}, single codes may differ")
+        here = self.device.type
+        if self.quantized and not (self.base_is_packed or self.has_own_base) and self._trained_on != here:
+            found.append(
+                f"the base was quantized on {self._trained_on}; done again on {here}, single codes may differ"
+            )
         return found
+
+    @property
+    def device(self) -> torch.device:
+        """What the run is read back on: the kind of device that it was trained on, where there is one.
+
+        Another quantizes the base a little differently: the mean that double quantization takes is summed in another
+        order, and a weight halfway between two values of the table goes to either.
+        """
+        return torch.device("cuda" if self._trained_on == "cuda" and torch.cuda.is_available() else "cpu")
+
+    @property
+    def _trained_on(self) -> str:
+        return self.report.get("device", "cpu").partition(":")[0]
 
     def build_on_meta(
         self, *, dense: bool = False, dtype: torch.dtype | None = None, attention: str = ATTENTION

@@ -269,7 +269,8 @@ def _adapter(device: "torch.device") -> "Results":
         linear = _adapted_linear(strategy, double_quant=True).to(device)
         with torch.no_grad():
             linear.B.copy_(_normal(linear.B.numel(), seed=4))
-        ours = x.to(device).requires_grad_()
+        # Two leaves: `x.to` of a CPU would be x itself, and its gradient be compared with itself.
+        ours, plain = (x.to(device, copy=True).requires_grad_() for _ in range(2))
         y = linear(ours)
         y.backward(grad.to(device))
 
@@ -281,7 +282,6 @@ def _adapter(device: "torch.device") -> "Results":
             torch.zeros(mask.shape, device=device).masked_scatter(mask, values).requires_grad_()
             for mask, values in zip(masks, (linear.A.data, linear.B.data), strict=True)
         )
-        plain = x.to(device).requires_grad_()
         update = (plain @ (A * masks[0]).t()) @ (B * masks[1]).t()
         reference = plain @ linear.dense_weight().t() + linear.bias + linear.scale * update
         reference.backward(grad.to(device))

@@ -463,6 +463,19 @@ def test_what_is_no_finished_run_is_told(made, tmp_path):
     refused(run_dir, "peft", "is no report that this version can read")
 
 
+@pytest.mark.parametrize(
+    "trained_on, there_is_a_gpu, read_on", [("cpu", True, "cpu"), ("cuda:3", True, "cuda"), ("cuda:3", False, "cpu")]
+)
+def test_a_run_is_read_back_on_what_it_was_trained_on(trained_on, there_is_a_gpu, read_on, made, monkeypatch):
+    """Another device's base differs in single codes: export and generate would be of another model."""
+    run = read_run(made(quantization={"format": "nf4"}))
+    run.report["device"] = trained_on
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_a_gpu)
+    assert run.device == torch.device(read_on)
+    elsewhere = ["the base was quantized on cuda; done again on cpu, single codes may differ"]
+    assert run.warnings() == (elsewhere if not trained_on.startswith(read_on) else [])
+
+
 def test_a_stopped_run_is_exported_with_a_warning(made):
     run_dir = made(status="stopped: the loss is nan")
     assert read_run(run_dir).warnings() == [f"{run_dir}: the run did not finish (stopped: the loss is nan)"]

@@ -75,6 +75,15 @@ def test_an_adapter_whose_gradient_is_wrong_fails(monkeypatch):
         selftest.check_adapter(CPU)
 
 
+def test_an_adapter_whose_inputs_gradient_is_wrong_fails(monkeypatch):
+    right = lorasp.quantization.ShardedLinear._backward_of_base
+    monkeypatch.setattr(
+        lorasp.quantization.ShardedLinear, "_backward_of_base", lambda self, *given: right(self, *given) * 1.01
+    )
+    with pytest.raises(CheckFailed, match="balanced adapter on cpu, gradient of x, against dense masked LoRA"):
+        selftest.check_adapter(CPU)
+
+
 def test_a_loss_that_leaves_out_a_chunk_fails(monkeypatch):
     from lorasp.models import causal_lm
 

@@ -59,7 +59,7 @@ def write_export(run: FinishedRun, export: Export, console: Console) -> Differen
     VerificationError if what was written gives other logits than the run's model.
     """
     _check_request(run, export)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = run.device
     tokenizer = load_tokenizer(run.base, run.recipe.model)
     dense = export.kind == "merged" and export.base == "original"
     # Dense weights merge in fp32; codes only come out the same in the precision that the run quantized from.
