@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from lorasp.data.random_tokens import random_tokens
+from lorasp.models import random_weights
 from lorasp.models.build import build_on_meta, filled_units
 from lorasp.models.classes import open_weights
 from lorasp.models.random_weights import RandomWeights
@@ -71,6 +72,19 @@ def test_a_tensor_follows_from_seed_and_name_and_is_as_initialised(tmp_path):
     other = recipe(tmp_path, seed=1)
     assert not torch.equal(open_weights(locate_model(other.model), other).read([name])[name], made)
     assert weights.read(["model.norm.weight"])["model.norm.weight"].eq(1).all()
+
+
+def test_values_do_not_depend_on_the_threads_that_draw_them(tmp_path, monkeypatch):
+    settings = recipe(tmp_path)
+    monkeypatch.setattr(random_weights, "_DRAWN_AT_ONCE", 1000)  # 11 parts, the last of 240
+    made = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        weights = open_weights(locate_model(settings.model), settings)
+        made.append(weights.read(["model.layers.1.mlp.up_proj.weight"]).popitem()[1])
+    assert torch.equal(*made)
+    parts = made[0].view(-1).split(1000)
+    assert len({float(part[0]) for part in parts}) == 11  # each from a stream of its own
 
 
 def test_a_model_of_random_weights_is_the_same_twice_and_has_finite_logits(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lorasp.hashing import stream_key
+
+_DRAWN_AT_ONCE = 2**20  # values, each of such a part from a stream of its own
 
 
 class RandomWeights:
@@ -47,7 +50,7 @@ class RandomWeights:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, bfloat16 on the CPU."""
         made = {name: self._make(name) for name in names}
-        self.digests |= {name: f"random {self._seed} {self._deviation} {self._shapes[name]}" for name in made}
+        self.digests |= {name: f"random in parts {self._seed} {self._deviation} {self._shapes[name]}" for name in made}
         return made
 
     def stored_digests(self) -> dict[str, str]:
@@ -62,5 +65,14 @@ class RandomWeights:
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-        generator = torch.Generator().manual_seed(stream_key(self._seed, "random weights", name))
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, self._deviation, generator=generator)
+        values = torch.empty(shape, dtype=torch.bfloat16)
+
+        def fill(index: int, part: Tensor) -> None:
+            generator = torch.Generator().manual_seed(stream_key(self._seed, "random weights", name, index))
+            part.normal_(0.0, self._deviation, generator=generator)
+
+        # A generator draws on one thread: a 7B would take a minute and more, and as long on a GPU's host.
+        parts = values.view(-1).split(_DRAWN_AT_ONCE)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(fill, range(len(parts)), parts))
+        return values

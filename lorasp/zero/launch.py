@@ -183,5 +183,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # It is the rank's own: Accelerate has made it the current one.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     for name in ("deepspeed", "DeepSpeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
