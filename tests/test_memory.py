@@ -90,6 +90,7 @@ def test_a_host_peak_names_its_source_and_its_parts():
     assert peak.anonymous_bytes_end > held.nbytes
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_peak_names_its_source_and_what_was_reserved():
     meter = MemoryMeter("cuda")

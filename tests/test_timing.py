@@ -50,5 +50,7 @@ def test_the_limit_is_that_of_the_best_of_products_that_take_long_enough(monkeyp
         return {"product": taken[-1]}
 
     monkeypatch.setattr(timing.PartTimer, "take", take)
+    drawn = torch.get_rng_state()
     assert matrix_product_limit(CPU, torch.float32) == 2 * 1024**3 / 0.025  # products of 512 are over too soon
     assert taken == products
+    assert torch.equal(torch.get_rng_state(), drawn)
