@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,9 +63,10 @@ class Selection:
         """
         if self.layout == "all":
             return values.view(self.rows, self.columns)
-        dense = values.new_zeros(self.entries)
         if self.layout == "pair":
+            # A step expands each matrix twice: on a GPU the launch of each operation counts, not its work.
             second = _unpack(bits, self.count)
+            dense = values.new_empty(self.entries)
             pairs = dense[: 2 * self.count].view(-1, 2)
             torch.mul(values, second, out=pairs[:, 1])
             torch.sub(values, pairs[:, 1], out=pairs[:, 0])
@@ -72,11 +74,14 @@ class Selection:
                 swapped = rest[: self.count] * second
                 pairs[:, 0] += swapped
                 pairs[:, 1] += rest[: self.count] - swapped
-                dense[2 * self.count :] = rest[self.count :]
-        elif self.layout in ("columns", "rows"):
+            if 2 * self.count < self.entries:
+                dense[-1] = 0 if rest is None else rest[-1]
+            return dense.view(self.rows, self.columns)
+        dense = values.new_zeros(self.entries)
+        if self.layout in ("columns", "rows"):
             matrix, dim = dense.view(self.rows, self.columns), 1 if self.layout == "columns" else 0
             chosen = _unpack(bits, matrix.shape[dim])
-            for part, flags in ((values, chosen), (rest, 1 - chosen)):
+            for part, flags in ((values, chosen), (rest, ~chosen)):
                 if part is not None:
                     shape = (self.rows, -1) if dim == 1 else (-1, self.columns)
                     part = part.view(shape)
@@ -87,7 +92,7 @@ class Selection:
             torch.mul(values[(before - 1).clamp_(min=0)], chosen, out=dense)
             if rest is not None and rest.numel():
                 unselected = torch.arange(self.entries, device=bits.device) - before
-                dense += rest[unselected.clamp_(min=0, max=rest.numel() - 1)] * (1 - chosen)
+                dense += rest[unselected.clamp_(min=0, max=rest.numel() - 1)] * ~chosen
         return dense.view(self.rows, self.columns)
 
     def select(self, dense: Tensor, bits: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ class Selection:
             return flat
         if self.layout == "pair":
             pairs = flat[: 2 * self.count].view(-1, 2)
-            return torch.where(_unpack(bits, self.count).bool(), pairs[:, 1], pairs[:, 0])
+            return torch.where(_unpack(bits, self.count), pairs[:, 1], pairs[:, 0])
         if self.layout in ("columns", "rows"):
             return dense.index_select(1 if self.layout == "columns" else 0, self.features(bits)).reshape(-1)
         return flat[_places(_unpack(bits, self.entries), self.count)]
@@ -169,7 +174,7 @@ def _draw(rows: int, columns: int, strategy: str, fraction: float, key: int | No
         if key is None:
             return selection, torch.zeros(selection.bytes_held, dtype=torch.uint8)
         coins = random_int64(key, -(-selection.count // 64)).view(torch.uint8)
-        return selection, _pack(_unpack(coins, selection.count).bool())
+        return selection, _pack(_unpack(coins, selection.count))
     groups = entries // m
     if key is None:
         selection = Selection(rows, columns, groups * k, "bitmap")
@@ -213,14 +218,19 @@ def _pack(flags: Tensor) -> Tensor:
     """bool [n] -> uint8 [⌈n/8⌉], the first flag in the lowest bit; unused bits are zero."""
     padded = torch.zeros(-(-flags.numel() // 8) * 8, dtype=torch.uint8)
     padded[: flags.numel()] = flags
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+    return (padded.view(-1, 8) * _bit_values(padded.device)).sum(dim=1, dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, count: int) -> Tensor:
-    """uint8 [⌈count/8⌉] -> zeros and ones, uint8 [count], on the bits' device."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:count]
+    """uint8 [⌈count/8⌉] -> bool [count], on the bits' device."""
+    values = _bit_values if type(bits) is Tensor else _bit_values.__wrapped__  # a plan's fake tensors are of one trace
+    return (bits.unsqueeze(1) & values(bits.device)).view(-1)[:count].bool()
+
+
+@cache
+def _bit_values(device: torch.device) -> Tensor:
+    """1, 2, 4 … 128; one copy a device."""
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _places(chosen: Tensor, count: int) -> Tensor:
@@ -230,5 +240,5 @@ def _places(chosen: Tensor, count: int) -> Tensor:
     """
     every = torch.arange(chosen.numel(), device=chosen.device)
     # The places of zeros all go to one extra slot behind the last.
-    slot = torch.where(chosen.bool(), chosen.cumsum(0) - 1, count)
+    slot = torch.where(chosen, chosen.cumsum(0) - 1, count)
     return every.new_empty(count + 1).scatter_(0, slot, every)[:count]
