@@ -49,7 +49,7 @@ def test_a_gpu_trains_as_the_cpu_does(policy, report):
 
 def test_bf16_is_a_gpus_default_and_its_losses_are_those_of_fp32_rounded(report):
     cpu = report("cpu", "model.dtype=float32", CUDA_VISIBLE_DEVICES="")
-    assert losses(report("bf16")) == pytest.approx(losses(cpu), rel=2e-2)
+    assert losses(report("bf16")) == pytest.approx(losses(cpu), rel=2e-3)  # 1.2e-4 on a CPU
     assert report("bf16")["phases"]["train"]["ranks"][0]["source"] == "cuda max_memory_allocated"
 
 
