@@ -200,7 +200,7 @@ class Benchmark:
         columns += (["live peak (GiB)", "ratio"] if options.live else []) + ["real tokens a step", "MFU"]
         lines = [
             f"`{shlex.join(['python', *sys.argv])}` on {options.ranks} ranks ({device}): r = {_RANK} on all linears, "
-            f"{options.batch} × {options.length} a rank (7B's width: 1 × 128). Medians of {options.rounds} × "
+            f"{options.batch} × {options.length} a rank (width_7b: 1 × 128). Medians of {options.rounds} × "
             f"{options.steps} steps (range); peaks of the worst rank above an empty process "
             f"({self.empty / 2**30:.2f} GiB). MFU: of real tokens, nothing repeated counts.",
             "",
@@ -273,8 +273,9 @@ class Workload:
         (self._directory / "stack.json").write_text(json.dumps([rows[row] for step in steps for row in step]))
 
     def _settings(self, packed: bool) -> dict:
-        # Full rows need more examples than steps of single ones do.
-        data = {"train": "packed.json", "template": "short", "limit": 4000} if packed else {"train": "ours.json"}
+        # Full rows need more examples than steps of single ones do. Short ones have no room for a few of them.
+        rows = {"train": "packed.json", "template": "short", "limit": 4000, "too_long": "drop"}
+        data = rows if packed else {"train": "ours.json"}
         return {
             "name": "ours",
             "output_dir": str(self._directory / "runs"),
