@@ -50,7 +50,9 @@ class RandomWeights:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, bfloat16 on the CPU."""
         made = {name: self._make(name) for name in names}
-        self.digests |= {name: f"random in parts {self._seed} {self._deviation} {self._shapes[name]}" for name in made}
+        for name, tensor in made.items():
+            parts = " in parts" if tensor.numel() > _DRAWN_AT_ONCE else ""
+            self.digests[name] = f"random {self._seed} {self._deviation} {self._shapes[name]}{parts}"
         return made
 
     def stored_digests(self) -> dict[str, str]:
@@ -68,7 +70,8 @@ class RandomWeights:
         values = torch.empty(shape, dtype=torch.bfloat16)
 
         def fill(index: int, part: Tensor) -> None:
-            generator = torch.Generator().manual_seed(stream_key(self._seed, "random weights", name, index))
+            stream = (name, index) if index else (name,)
+            generator = torch.Generator().manual_seed(stream_key(self._seed, "random weights", *stream))
             part.normal_(0.0, self._deviation, generator=generator)
 
         # A generator draws on one thread: a 7B would take a minute and more, and as long on a GPU's host.
