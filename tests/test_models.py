@@ -14,6 +14,7 @@ from lorasp.data.batches import collate
 from lorasp.data.examples import Example
 from lorasp.live_tensors import LiveTensors
 from lorasp.models import build as build_module
+from lorasp.models import causal_lm
 from lorasp.models.build import build_on_meta, filled_units, units
 from lorasp.models.causal_lm import CHUNK_ROWS, Head
 from lorasp.models.weights import Checkpoint, load_config
@@ -130,7 +131,9 @@ def test_nothing_but_adapters_is_trained_and_full_trains_all(directories):
     assert sum(isinstance(module, ShardedLinear) for module in full.modules()) == 3 * 7
 
 
-def test_head_loss_and_gradients_equal_cross_entropy_over_several_chunks():
+@pytest.mark.parametrize("rows_at_once", [8, CHUNK_ROWS])
+def test_head_loss_and_gradients_equal_cross_entropy_over_several_chunks(rows_at_once, monkeypatch):
+    monkeypatch.setattr(causal_lm, "_CACHED_ROWS", rows_at_once)  # as on a CPU, and as on a GPU
     head = Head(torch.nn.Parameter(torch.randn(50, 16)), None)
     hidden, labels = torch.randn(300, 16, requires_grad=True), torch.randint(0, 50, (300,))
     other = hidden.detach().clone().requires_grad_()

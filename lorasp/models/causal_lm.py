@@ -16,6 +16,8 @@ _UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale
 # Rows of logits at a time: 64 MiB in fp32 for a vocabulary of 128 k. Chunks of 8 would give a fifth of the speed (15
 # against 47 to 70 GFLOP/s on a CPU core).
 CHUNK_ROWS = 128
+# And of those at a time on a CPU, so that all passes over them find them in its cache. On a GPU passes cost launches,
+# of which there would be 16 times as many.
 _CACHED_ROWS = 8
 
 
@@ -95,8 +97,8 @@ class _CrossEntropySum(torch.autograd.Function):
             rows = hidden[chunk]
             made = linear_into(buffer[: len(rows)], rows, weight, bias)
             grad = made.to(wide)
-            # A few rows at a time: all passes over them find them in the cache.
-            for logits, targets in zip(grad.split(_CACHED_ROWS), labels[chunk].split(_CACHED_ROWS), strict=True):
+            at_once = _CACHED_ROWS if grad.is_cpu else CHUNK_ROWS
+            for logits, targets in zip(grad.split(at_once), labels[chunk].split(at_once), strict=True):
                 total += _softmax_minus_onehot(logits, targets.unsqueeze(1))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
