@@ -49,10 +49,12 @@ def main() -> int:
     elif ranks is None:
         time.sleep(_RANK_0_TELLS_SECONDS)
     if ranks is not None:
+        from lorasp.cli import end_rank
         from lorasp.zero.launch import stop_ranks
 
         stop_ranks(ranks)
-    return 1 if failed else 0
+        end_rank(1 if failed else 0)
+    return 1  # without ranks something has failed
 
 
 def _on_ranks(outcomes: list[Outcome]) -> tuple[list[Outcome], Any]:

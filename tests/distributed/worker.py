@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lorasp.accounting import held_bytes
 from lorasp.adapter import model_selection_digest
+from lorasp.cli import end_rank
 from lorasp.data.batches import collate, training_batches
 from lorasp.data.examples import Example
 from lorasp.data.order import SampleOrder
@@ -263,3 +264,4 @@ def gathered_bytes(model) -> int:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_rank(0)
