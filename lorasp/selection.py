@@ -74,7 +74,7 @@ class Selection:
                 swapped = rest[: self.count] * second
                 pairs[:, 0] += swapped
                 pairs[:, 1] += rest[: self.count] - swapped
-            if 2 * self.count < self.entries:
+            if 2 * self.count < self.entries:  # an odd number: the last one has no neighbour
                 dense[-1] = 0 if rest is None else rest[-1]
             return dense.view(self.rows, self.columns)
         dense = values.new_zeros(self.entries)
