@@ -2,8 +2,8 @@
 
 glibc maps a large block anew each time, or tears its heap with it (see host_memory.py). New memory comes a page at a
 time, 2 µs each on a virtual machine: for the tensors of SmolLM2's layers that was a fifth of a step. Blocks here are
-kept when their tensor is freed, and given to the next one of about its size. On a GPU that is what torch's caching
-allocator does, and `empty` is torch's.
+kept when their tensor is freed, and given to the next one of about its size, also in the next step. On a GPU that is
+what torch's caching allocator does, and `empty` is torch's.
 """
 
 import contextlib
@@ -43,6 +43,10 @@ class _Blocks:
         lease = _lease_type(size).from_buffer(block)
         lease.block, lease.free = block, free
         return lease
+
+    def idle_bytes(self) -> int:
+        """Of those that are free, what is in memory: the end of a block, or all of it, may never have been filled."""
+        return sum(_resident_bytes(block) for blocks in list(self._free.values()) for block in list(blocks))
 
     def release(self) -> None:
         """Gives the system those that are free."""
@@ -87,6 +91,16 @@ def _mapped(size: int) -> mmap.mmap:
     return block
 
 
+def _resident_bytes(block: mmap.mmap) -> int:
+    """By mincore(2); its length where that cannot be asked."""
+    pages = ctypes.create_string_buffer(-(-len(block) // mmap.PAGESIZE))
+    start = ctypes.c_char.from_buffer(block)
+    mincore = getattr(ctypes.CDLL(None), "mincore", None)
+    if mincore is None or mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(block)), pages):
+        return len(block)
+    return mmap.PAGESIZE * int(torch.frombuffer(pages, dtype=torch.uint8).bitwise_and_(1).sum())
+
+
 _blocks = _Blocks()
 
 
@@ -105,6 +119,11 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
 def held_bytes() -> int:
     """Of the blocks, in use or free, whether or not they were ever filled."""
     return _blocks.held_bytes
+
+
+def idle_bytes() -> int:
+    """Of the blocks that no tensor uses, what is in memory for the next ones."""
+    return _blocks.idle_bytes()
 
 
 def release() -> None:

@@ -28,9 +28,11 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): set VmHWM to the present VmRSS; touches nothing else
 _SAMPLE_SECONDS = 0.005
-# What a process may come to hold more, besides blocks, before its freed memory is looked for: that takes a millisecond
-# or two, and to fill the memory anew takes as much again.
+# What a process may come to hold more, besides blocks, before its freed memory is looked for, or an eighth of what it
+# holds: that takes a millisecond or two, and to fill the memory anew takes as much again.
 _GROWTH = 2**24
+# Left free by a step, so much is kept for the next one: glibc fits most of it in, and to fill it anew takes 0.1 s.
+_WORTH_KEEPING = 2**28
 
 
 def gib(size: int) -> str:
@@ -103,11 +105,16 @@ class MemoryMeter:
         return 0 if self.baseline_bytes is None else max(0, self._probe.now() - self.baseline_bytes)
 
     def settle(self) -> None:
-        """To be called after each step of a loop: what one freed is not kept where the next one may not fit into it.
-
-        On a CPU; CUDA's allocator finds an equal block again.
+        """To be called before `now_bytes`: freed memory that the C library keeps is then not held; blocks at hand are
+        never. On a CPU, as the next two: CUDA's allocator counts tensors, and finds an equal block again.
         """
         self._probe.settle()
+
+    def settle_after_step(self) -> None:
+        """To be called after each step of a loop: what one freed is given back, for the next one may not fit into it,
+        unless it is so much that to fill new memory would take longer than it is worth.
+        """
+        self._probe.settle_after_step()
 
     def settle_if_grown(self) -> None:
         """To be called often within a step, where little is in use: what its layers freed is not kept beside what the
@@ -126,7 +133,6 @@ class MemoryMeter:
         return max(now, recorded.peak_bytes if recorded else 0)
 
     def _start(self) -> None:
-        host_blocks.release()  # those that the phase before left are not this one's
         self._probe.start()
         self._started = time.perf_counter()
 
@@ -194,8 +200,8 @@ def _greater(a: int | None, b: int | None) -> int | None:
 
 
 # ---- Where the numbers come from. A probe has: source; now(), bytes held; start(), which forgets the peak so far;
-# peak(), bytes since start(); stop(), the same and no more measuring; settle(), which gives back what was freed;
-# settle_if_grown(), which does where more is held than after the last time; details(), further fields of PhasePeak.
+# peak(), bytes since start(); stop(), the same and no more measuring; settle(), after which what was freed isn't held;
+# settle_after_step() and settle_if_grown(), the same where it pays; details(), further fields of PhasePeak.
 
 
 def _probe(device: torch.device) -> "_CudaAllocator | _HighWaterMark | _SampledHost":
@@ -239,32 +245,45 @@ class _CudaAllocator:
     stop = peak
 
     def settle(self) -> None:
-        """The allocator finds an equal block again."""
+        """It counts tensors, and finds an equal block again."""
 
-    settle_if_grown = settle
+    settle_after_step = settle_if_grown = settle
 
     def details(self) -> dict[str, int]:
         return {"reserved_bytes": torch.cuda.max_memory_reserved(self._device)}
 
 
 class _Host:
-    """Gives back what the C library keeps of freed memory."""
+    """Resident memory, of which free blocks, and what glibc's heap keeps free, are none's."""
 
-    _settled_bytes = 0
+    _at_start = 0  # what the heap held when the phase began
+    _settled = 0  # and when freed memory was last given back, or kept
+
+    def now(self) -> int:
+        return self.resident() - host_blocks.idle_bytes()
+
+    def start(self) -> None:
+        """What the phase before freed is not this one's."""
+        host_blocks.release()
+        self.settle()
+        self._at_start = self._settled
 
     def settle(self) -> None:
-        host_blocks.release()
         return_freed_memory()
-        self._settled_bytes = self._of_the_heap()
+        self._settled = self._of_the_heap()
 
     def settle_if_grown(self) -> None:
-        if self._of_the_heap() > self._settled_bytes + _GROWTH:
-            return_freed_memory()
-            self._settled_bytes = self._of_the_heap()
+        if self._of_the_heap() > self._settled + max(_GROWTH, (self._settled - self._at_start) // 8):
+            self.settle()
+
+    def settle_after_step(self) -> None:
+        self._settled = self._of_the_heap()
+        if self._settled < self._at_start + _WORTH_KEEPING:
+            self.settle()
 
     def _of_the_heap(self) -> int:
-        """And of all else but the blocks, which stay at hand within a step."""
-        return self.now() - host_blocks.held_bytes()
+        """And of all else but the blocks."""
+        return self.resident() - host_blocks.held_bytes()
 
 
 class _HighWaterMark(_Host):
@@ -275,10 +294,11 @@ class _HighWaterMark(_Host):
 
     source = f"VmHWM of {_STATUS}, reset at phase start"
 
-    def now(self) -> int:
+    def resident(self) -> int:
         return _host_status()["VmRSS"]
 
     def start(self) -> None:
+        super().start()
         _CLEAR_REFS.write_text(_RESET_PEAK)
 
     def peak(self) -> int:
@@ -295,20 +315,22 @@ class _SampledHost(_Host):
 
     def __init__(self, read: Callable[[], int], what: str, details: Callable[[], dict[str, int]]):
         self.source = f"{what}, sampled every {_SAMPLE_SECONDS * 1000:.0f} ms: short spikes are missed"
-        self.now = read
+        self.resident = read
         self.details = details
         self._peak = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._peak = self.now()
+        super().start()
+        self._peak = self.resident()
         self._done.clear()
         self._thread = threading.Thread(target=self._sample, name="memory-sampler", daemon=True)
         self._thread.start()
 
     def peak(self) -> int:
-        return max(self._peak, self.now())  # only the thread writes _peak: two writers could lose the greater value
+        # Only the thread writes _peak: two writers could lose the greater value.
+        return max(self._peak, self.resident())
 
     def stop(self) -> int:
         self._done.set()
@@ -317,7 +339,7 @@ class _SampledHost(_Host):
 
     def _sample(self) -> None:
         while not self._done.wait(_SAMPLE_SECONDS):
-            self._peak = max(self._peak, self.now())
+            self._peak = max(self._peak, self.resident())
 
 
 def _host_status() -> dict[str, int]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorasp.host_blocks import _SMALLEST, empty, held_bytes, release
+from lorasp.host_blocks import _SMALLEST, empty, held_bytes, idle_bytes, release
+from lorasp.memory import MemoryMeter
 
 LIKE = torch.empty(0)
 MIB = 2**20
@@ -79,6 +80,39 @@ def test_what_is_free_stays_at_hand_until_it_is_released():
     assert resident() - before > 0.95 * 40 * 2.34 * MIB
     release()
     assert held_bytes() == 0 and resident() - before < 4 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_of_the_free_ones_what_is_in_memory_is_counted():
+    used = empty((1024, 600), LIKE).fill_(1)
+    full, half, never = (empty((1024, 600), LIKE) for _ in range(3))
+    full.fill_(1)
+    half[:256].fill_(1)  # 0.6 of 2.3 MiB, or the huge page around it
+    assert idle_bytes() == 0
+    block = held_bytes() // 4
+    del full, half, never
+    assert block <= idle_bytes() - 0.6 * MIB <= block + 2 * MIB
+    del used
+    assert 2 * block <= idle_bytes() - 0.6 * MIB <= 2 * block + 2 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_they_serve_the_next_step_and_are_not_held_between_steps():
+    meter = MemoryMeter("cpu")
+    with meter.phase("train"):
+        before, addresses = meter.now_bytes(), []
+        for _ in range(3):
+            step = empty((4096, 4096), LIKE).fill_(1)
+            addresses.append(step.data_ptr())
+            assert meter.now_bytes() - before > 63 * MIB
+            del step
+            meter.settle_after_step()
+            meter.settle()
+            assert meter.now_bytes() - before < 2 * MIB and held_bytes() == 64 * MIB
+        assert len(set(addresses)) == 1
+        with meter.phase("evaluate"):
+            assert held_bytes() == 0
+    assert meter.peaks["evaluate"].peak_bytes < 32 * MIB < 63 * MIB < meter.peaks["train"].peak_bytes
 
 
 def test_small_ones_and_other_devices_are_torchs():

@@ -182,7 +182,7 @@ class RunLog:
 
     def stepped(self, step: int) -> None:
         """To be called after each training step, before it is logged."""
-        self._meter.settle()
+        self._meter.settle_after_step()
         self._first_step.close()  # once
 
     def advanced(self) -> None:
@@ -191,6 +191,7 @@ class RunLog:
 
     def trained(self, point: LogPoint) -> None:
         """A log point of the training loop. Collective."""
+        self._meter.settle()
         self._mark()
         row = asdict(point)
         of_ranks = self._ranks.gather(
