@@ -254,7 +254,9 @@ class _CudaAllocator:
 
 
 class _Host:
-    """Resident memory, of which free blocks, and what glibc's heap keeps free, are none's."""
+    """Resident memory. Free blocks serve the next step and do not count as held; the heap's free memory does, until
+    `settle`.
+    """
 
     _at_start = 0  # what the heap held when the phase began
     _settled = 0  # and when freed memory was last given back, or kept
