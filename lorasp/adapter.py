@@ -165,7 +165,7 @@ class AdaptedLinear(ShardedLinear):
         low_rank = _thin_product(_taken(dropped, inputs), A.t())
         if outputs is None:
             return y.addmm_(low_rank, B.t(), alpha=self.scale)
-        return y.index_add_(1, outputs, low_rank @ B.t(), alpha=self.scale)
+        return _add_to(y, outputs, low_rank.mul_(self.scale) @ B.t())
 
     def backward(
         self, rows: Tensor, grad: Tensor, seed: DropoutSeeds | None = None, into: Tensor | None = None
@@ -182,7 +182,7 @@ class AdaptedLinear(ShardedLinear):
         grad_rows = self._backward_of_base(grad, into)
         if inputs is not None:
             update = grad_low_rank @ A
-            grad_rows.index_add_(1, inputs, update if mask is None else update.mul_(_taken(mask, inputs)))
+            _add_to(grad_rows, inputs, update if mask is None else update.mul_(_taken(mask, inputs)))
         elif mask is None:
             grad_rows.addmm_(grad_low_rank, A)
         else:
@@ -224,6 +224,14 @@ class AdaptedLinear(ShardedLinear):
 
 def _taken(rows: Tensor, features: Tensor | None) -> Tensor:
     return rows if features is None else rows.index_select(1, features)
+
+
+def _add_to(rows: Tensor, features: Tensor, update: Tensor) -> Tensor:
+    """Adds update [n, selected] to the features of rows [n, all], in place.
+
+    Not by `index_add_`, which goes down one column after the other: a fifth of the speed on a CPU.
+    """
+    return rows.scatter_add_(1, features.expand(len(rows), -1), update)
 
 
 def _thin_product(left: Tensor, right: Tensor) -> Tensor:
