@@ -78,7 +78,7 @@ def main() -> int:
     # And what cannot fit, before a weight is read.
     units = order.largest_units(data.train.examples, recipe.training.micro_batch_size)
     largest = task_of(recipe).worst_batch(units, recipe.training.micro_batch_size)
-    planned = plan_memory(recipe, directory, ranks, dtype, largest, warn=log.console.warn)
+    planned = plan_memory(recipe, directory, ranks, dtype, largest, mmlu, warn=log.console.warn)
     if planned is not None:
         log.planned(planned)
 

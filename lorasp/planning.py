@@ -11,7 +11,7 @@ what an allocator keeps of what was freed; and those on the rank's device: what 
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lorasp.data import glue
 from lorasp.data.batches import Batch, collate
 from lorasp.data.examples import Example
 from lorasp.data.pairs import PairBatch, collate_pairs
+from lorasp.evaluation.mmlu_prompts import assumed_forward
+from lorasp.evaluation.scoring import Forward, ScoredRow
 from lorasp.glue import GLUE
 from lorasp.memory import GATHERED_AT_ONCE, gib
 from lorasp.models.gathers import gathered_bytes
@@ -64,11 +66,14 @@ def plan(
     dtype: torch.dtype,
     device: str = "cuda",
     batch: Batch | None = None,
+    mmlu: tuple[Forward, Sequence[ScoredRow]] | None = None,
     ranks_of_a_node: int = 8,
     traces: Traces | None = None,
 ) -> Plan:
     """The plan for micro batches like `batch`; without one, of `training.micro_batch_size` rows of `data.max_length`
     tokens, all of them labelled (of a classifier, each row once; of T5, as long on either side).
+
+    mmlu: its heaviest forward, and the rows of that, where the recipe asks for MMLU; None: about as heavy a one.
 
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
     DeepSpeed configuration that keeps a set of shards in each node. traces: shared by plans of one model, method and
@@ -76,6 +81,8 @@ def plan(
     Raises RecipeError for a model that cannot be built, NoPlan for one that cannot be traced.
     """
     batch = _full_batch(recipe) if batch is None else batch
+    if mmlu is None and recipe.mmlu.data is not None:
+        mmlu = assumed_forward(recipe.mmlu, config)
     base_whole = keeps_base_whole(recipe.deepspeed.config)
     group = shard_group_size(recipe.deepspeed.config, world_size, min(ranks_of_a_node, world_size))
     activations_away = device != "cpu" and recipe.training.offload_activations
@@ -85,9 +92,10 @@ def plan(
     def measured(layers: tuple[int, ...]) -> dict[str, int]:
         model = traces.model(recipe, config, dtype, layers)
         counted = _count(model, recipe, world_size, group, base_whole)
-        return counted | traces.step(model, batch, activations_away=activations_away)
+        counted |= traces.step(model, batch, activations_away=activations_away)
+        return counted if mmlu is None else counted | traces.scoring(model, *mmlu)
 
-    few = _few_layers(config)
+    few = _few_layers(config, scores=mmlu is not None)
     found = least = measured(few)
     layer = 0  # the larger kind's, stored
     for kind, count in enumerate(layer_counts(config)):
@@ -112,14 +120,25 @@ def plan(
     ready = {**held, "optimizer": found["masters"]}
     load = max(filling, ready, key=lambda parts: sum(parts.values()))
     save = {**trained, "gathered": 4 * min(found["trained"], world_size * GATHERED_AT_ONCE)}
+    phases = {"load": load, "train": {**trained, **train}, "save": save}
+    if mmlu is not None:
+        phases["evaluate_mmlu"] = {
+            **trained,
+            "gathered": gathered + max(gathered, head),
+            "kept_shots": found["kept_in_scoring"],
+            "activations": found["peak_in_scoring"],
+        }
     received = 0 if base_whole else found["gathered_in_step"] * (world_size - 1) // world_size
-    return Plan(world_size, {"load": load, "train": {**trained, **train}, "save": save}, received)
+    return Plan(world_size, phases, received)
 
 
-def _few_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """From which on each layer more adds the same: one, but two of T5's, which add up what a position bias is due."""
+def _few_layers(config: PreTrainedConfig, scores: bool) -> tuple[int, ...]:
+    """From which on each layer more adds the same: one, but two of T5's, which add up what a position bias is due.
+
+    And two of a model that scores: what the embedding gave stays until the end, beside the input of each other layer.
+    """
     kinds = len(layer_counts(config))
-    return (1,) if kinds == 1 else (2,) * kinds
+    return (1,) if kinds == 1 and not scores else (2,) * kinds
 
 
 def _full_batch(recipe: Recipe) -> Batch | glue.GlueBatch | PairBatch:
@@ -203,7 +222,9 @@ def _policies(
 ) -> tuple[tuple[str, bool], ...]:
     """(activation_checkpointing, offload_activations) that make a difference to this model."""
     training = recipe.training.model_copy(update={"activation_checkpointing": "selective"})
-    few = traces.model(recipe.model_copy(update={"training": training}), config, dtype, _few_layers(config))
+    few = traces.model(
+        recipe.model_copy(update={"training": training}), config, dtype, _few_layers(config, scores=False)
+    )
     return _OTHER_POLICIES if traces.fallback(few) else _POLICIES
 
 

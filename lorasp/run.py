@@ -144,7 +144,14 @@ def read_mmlu_questions(recipe: Recipe, directory: Path, tokenizer: PreTrainedTo
 
 
 def plan_memory(
-    recipe: Recipe, directory: Path, ranks: Ranks, dtype: torch.dtype, batch: ItemBatch, *, warn: Callable[[str], None]
+    recipe: Recipe,
+    directory: Path,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    batch: ItemBatch,
+    mmlu: MmluEvaluation | None,
+    *,
+    warn: Callable[[str], None],
 ) -> Plan | None:
     """The run's plan, for micro batches as large as `batch`. Raises RecipeError for one that cannot fit.
 
@@ -153,6 +160,7 @@ def plan_memory(
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     how = {"world_size": ranks.world_size, "dtype": dtype, "device": ranks.device.type}
     how |= {"batch": batch, "ranks_of_a_node": of_node}
+    how["mmlu"] = None if mmlu is None else mmlu.heaviest(ranks.world_size)
     try:
         planned = plan(recipe, load_config(directory, recipe.model), **how)
     except NoPlan as reason:

@@ -5,7 +5,7 @@ Forward and backward run as they are; what each operation makes and frees is cou
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -17,9 +17,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch
+from lorasp.evaluation.scoring import Forward, ScoredRow
 from lorasp.live_tensors import LiveTensors
 from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CHUNK_ROWS
+from lorasp.models.kept_states import KeptStates
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
@@ -40,7 +42,7 @@ class Traces:
     def __init__(self) -> None:
         self._models: dict[tuple, TaskModel] = {}
         self._fallbacks: dict[TaskModel, str | None] = {}
-        self._steps: dict[tuple, dict[str, int]] = {}
+        self._found: dict[tuple, dict[str, int]] = {}
 
     def model(
         self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: tuple[int, ...]
@@ -60,9 +62,16 @@ class Traces:
     def step(self, model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
         """What `trace` finds of a model that `model` gave; other batches of the same lengths need the same."""
         key = (model, batch.lengths, batch.label_counts, activations_away)
-        if key not in self._steps:
-            self._steps[key] = trace(model, batch, activations_away=activations_away)
-        return self._steps[key]
+        if key not in self._found:
+            self._found[key] = trace(model, batch, activations_away=activations_away)
+        return self._found[key]
+
+    def scoring(self, model: TaskModel, forward: Forward, rows: Sequence[ScoredRow]) -> dict[str, int]:
+        """What `trace_scoring` finds of a model that `model` gave."""
+        key = (model, tuple((len(part.tokens), part.link, part.row is None) for part in forward.parts))
+        if key not in self._found:
+            self._found[key] = trace_scoring(model, forward, rows)
+        return self._found[key]
 
 
 def layer_counts(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -85,24 +94,44 @@ def trace(model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str
     model.train()
     model.offload_activations = False
     kept = saved_tensors_hooks(_leave, _return) if activations_away else contextlib.nullcontext()
+    with _on_fakes(model, batch.model_inputs(torch.device("cpu"))) as inputs, LiveTensors() as live:
+        in_backward: list[int] = []
+        with kept, _at_gradient(model.source_encoder(), lambda: in_backward.append(live.take_peak())):
+            loss = model(**inputs)
+        at_head = live.take_peak()
+        loss.backward()
+        in_backward.append(live.take_peak())
+    return {"peak_at_head": at_head, "peak_in_backward": in_backward[0], "peak_in_encoder": in_backward[-1]}
+
+
+def trace_scoring(model: TaskModel, forward: Forward, rows: Sequence[ScoredRow]) -> dict[str, int]:
+    """Bytes of the keys and values that `forward` leaves for others, and the most of activations beside them.
+
+    Raises NoPlan as `trace` does.
+    """
+    model.eval()
+    states = KeptStates()
+    with _on_fakes(model, forward.inputs(rows, states, torch.device("cpu"))) as inputs, LiveTensors() as live:
+        with torch.no_grad():
+            model(**inputs, score=True, kept_states=states)
+        peak = live.take_peak()
+    kept = states.nbytes()
+    return {"kept_in_scoring": kept, "peak_in_scoring": peak - kept}
+
+
+@contextlib.contextmanager
+def _on_fakes(model: TaskModel, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs as fake tensors, for a model of such. Raises NoPlan for what goes wrong within."""
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=False) as fakes:
         _make_fake(model)
-        inputs = {
-            name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
-            for name, value in batch.model_inputs(torch.device("cpu")).items()
-        }
         try:
-            with LiveTensors() as live:
-                in_backward: list[int] = []
-                with kept, _at_gradient(model.source_encoder(), lambda: in_backward.append(live.take_peak())):
-                    loss = model(**inputs)
-                at_head = live.take_peak()
-                loss.backward()
-                in_backward.append(live.take_peak())
+            yield {
+                name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
+                for name, value in inputs.items()
+            }
         except Exception as error:  # of another architecture's code, which may want to see a value
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise NoPlan(f"{type(model.model).__name__} cannot be traced without memory ({reason})") from error
-    return {"peak_at_head": at_head, "peak_in_backward": in_backward[0], "peak_in_encoder": in_backward[-1]}
 
 
 def _at_gradient(module: nn.Module | None, call: Callable[[], None]) -> AbstractContextManager:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorasp.data.mmlu import read_mmlu
 from lorasp.evaluation.mmlu import MmluEvaluation
-from lorasp.evaluation.mmlu_prompts import encode_texts, prompt, prompted_questions
+from lorasp.evaluation.mmlu_prompts import assumed_forward, encode_texts, prompt, prompted_questions
+from lorasp.evaluation.scoring import standing_alone
 from lorasp.models.demo import convert_demo_model
 from lorasp.models.weights import load_config
 from lorasp.recipe import Mmlu, Model, RecipeError
@@ -259,6 +260,25 @@ def test_the_first_questions_are_a_part_of_all(directory, tree, tmp_path):
     of_all = {(line["subject"], line["index"]): line["log_likelihoods"] for line in whole[1].values()}
     for line in some[1].values():
         assert line["log_likelihoods"] == pytest.approx(of_all[line["subject"], line["index"]], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_plan_without_the_questions_assumes_about_the_heaviest_of_them(tmp_path):
+    """The four of the 57 subjects that are longest, or meet one that is."""
+    subjects = [
+        f"high_school_{name}" for name in ("computer_science", "european_history", "us_history", "world_history")
+    ]
+    directory, settings = convert_demo_model(), {"subjects": subjects, "max_length": 8192, "tokens": 4096}
+    asked = evaluation(directory, real_data("mmlu"), **settings)
+    real, _ = asked.heaviest(2)
+    assumed, _ = assumed_forward(asked.settings, load_config(directory, Model(path=str(directory))))
+    assert 1 <= assumed.token_count / real.token_count < 1.1
+    most = max(
+        sum(part.link.room for part in standing_alone(forward, its).parts)
+        for its in asked.plan(2).forwards
+        for forward in its
+    )
+    assert 1 <= sum(part.link.room for part in assumed.parts) / most < 1.15
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ import torch
 from lorasp import memory, run, tracing
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
+from lorasp.evaluation.mmlu_prompts import assumed_forward
 from lorasp.models.causal_lm import CHUNK_ROWS, CausalLM
 from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.models.weights import load_config, locate_model
 from lorasp.planning import as_method, excess, plan, plans_that_fit, with_whole_base
-from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe import Mmlu, Recipe, RecipeError
 from lorasp.reporting.plan_text import format_whole_base
-from lorasp.tracing import Traces
+from lorasp.tracing import Traces, trace_scoring
 from tests.distributed.launching import ROOT
 
 GIB = 2**30
@@ -76,6 +77,25 @@ def test_a_layer_more_keeps_what_the_policy_says(policy):
     twenty = plan(settings, config, world_size=1, dtype=torch.bfloat16).phases["train"]["activations"]
     told = 10 * 256 * kept_bytes_per_token(policy, config, 2)
     assert twenty - ten == pytest.approx(told, rel=0.01)
+
+
+def test_mmlu_holds_the_shots_of_two_subjects_and_a_forward_of_all_layers():
+    settings = recipe().model_copy(update={"mmlu": Mmlu(data="mmlu")})
+    config = load_config(locate_model(settings.model), settings.model)
+    config.num_hidden_layers, how = 6, {"world_size": 2, "dtype": torch.bfloat16}
+    evaluation = plan(settings, config, **how).phases["evaluate_mmlu"]
+    # LLaMA's 2,048 tokens hold no more of the longest subject's prompts.
+    assert evaluation["kept_shots"] == 6 * 2 * 4096 * 2 * (2048 + 1400)
+    forward, rows = assumed_forward(settings.mmlu, config)
+    of_all = trace_scoring(Traces().model(settings, config, torch.bfloat16, (6,)), forward, rows)
+    assert evaluation["activations"] == of_all["peak_in_scoring"]
+    assert "evaluate_mmlu" not in plan(recipe(), config, **how).phases
+    # A forward of half as many tokens needs half of the rest, and the shots all the same.
+    smaller = settings.model_copy(update={"mmlu": Mmlu(data="mmlu", tokens=2048)})
+    less = plan(smaller, config, **how).phases["evaluate_mmlu"]
+    assert less["kept_shots"] == evaluation["kept_shots"] and less["activations"] < 0.8 * evaluation["activations"]
+    alone = settings.model_copy(update={"mmlu": Mmlu(data="mmlu", reuse_prefix=False)})
+    assert plan(alone, config, **how).phases["evaluate_mmlu"]["kept_shots"] == 0
 
 
 def test_dropout_and_other_families_are_traced_too():
@@ -183,7 +203,7 @@ def test_a_run_that_cannot_fit_is_refused_before_a_weight_is_read(check, monkeyp
     settings = recipe(memory={"check": check})
     monkeypatch.setattr(run, "free_bytes", lambda device, processes: GIB)
     ranks, warned = SimpleNamespace(world_size=2, device=torch.device("cpu")), []
-    arguments = (settings, locate_model(settings.model), ranks, torch.float32, BATCH)
+    arguments = (settings, locate_model(settings.model), ranks, torch.float32, BATCH, None)
     if check == "refuse":
         with pytest.raises(RecipeError, match="has 1.000 GiB free"):
             run.plan_memory(*arguments, warn=warned.append)
@@ -200,7 +220,7 @@ def test_a_model_that_cannot_be_traced_trains_without_a_plan(monkeypatch):
     settings, warned = recipe(), []
     ranks = SimpleNamespace(world_size=1, device=torch.device("cpu"))
     directory = locate_model(settings.model)
-    assert run.plan_memory(settings, directory, ranks, torch.float32, BATCH, warn=warned.append) is None
+    assert run.plan_memory(settings, directory, ranks, torch.float32, BATCH, None, warn=warned.append) is None
     assert "LlamaForCausalLM cannot be traced without memory" in warned[0]
 
 

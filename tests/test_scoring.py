@@ -7,11 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorasp.evaluation.scoring import Forward, ScoredRow, plan_forwards, score_forward, standing_alone
+from lorasp.evaluation.scoring import Forward, ScoredRow, heaviest, plan_forwards, score_forward, standing_alone
+from lorasp.live_tensors import LiveTensors
 from lorasp.models.kept_states import KeptStates, Link
 from lorasp.models.recompute import set_recomputation
+from lorasp.models.weights import load_config
+from lorasp.tracing import Traces, trace_scoring
 from tests.test_evaluation import Unsharded
-from tests.test_models import build
+from tests.test_models import build, recipe
 from tests.tiny_models import save_model
 
 CPU = torch.device("cpu")
@@ -152,6 +155,26 @@ def test_a_forward_can_stand_alone(directories):
     whole = score(model, rows)
     for row, found in score_forward(Unsharded(model), alone, rows, KeptStates(), CPU):
         assert [value for value, _ in found] == pytest.approx([value for value, _ in whole[row]], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_what_a_forward_takes_is_told_without_running_it(kind, directories):
+    rows = rows_of({"law": (60, 12), "anatomy": (50, 4)})
+    forward = heaviest(plan_forwards(rows, world_size=1, tokens=300))
+    assert len({part.link.key for part in forward.parts}) == 2
+    model, states = build(directories[kind]).eval(), KeptStates()
+    settings = recipe(directories[kind])
+    set_recomputation(model.model, settings.training.activation_checkpointing)
+    with LiveTensors() as live:
+        list(score_forward(Unsharded(model), forward, rows, states, CPU))
+    layers = (model.model.config.num_hidden_layers,)
+    untold = Traces().model(settings, load_config(directories[kind], settings.model), torch.float32, layers)
+    told = trace_scoring(untold, forward, rows)
+    rooms = sum(part.link.room for part in forward.parts)
+    config = model.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert told["kept_in_scoring"] == 4 * 2 * layers[0] * config.num_key_value_heads * head * rooms
+    assert sum(told.values()) == pytest.approx(live.peak_bytes, rel=0.01)
 
 
 def test_a_text_written_token_by_token_has_the_logits_of_the_whole(directories):

@@ -14,7 +14,7 @@ from lorasp.data.mmlu import CATEGORIES, CATEGORY_OF, LETTERS, read_mmlu
 from lorasp.evaluation.accuracy import Accuracy, accuracy, mean_accuracy
 from lorasp.evaluation.mmlu_prompts import PROMPT_VERSION, PromptedQuestion, model_max_length, prompted_questions
 from lorasp.evaluation.predictions import Predictions
-from lorasp.evaluation.scoring import plan_forwards, score_forward, standing_alone
+from lorasp.evaluation.scoring import Forward, ScoredRow, heaviest, plan_forwards, score_forward
 from lorasp.models.kept_states import KeptStates
 from lorasp.recipe import Mmlu
 from lorasp.zero.engine import Engine
@@ -84,14 +84,16 @@ class MmluEvaluation:
         """The forwards of every rank; `done`: places of questions that are left out."""
         return _Work(self.questions, done, world_size, self.settings)
 
+    def heaviest(self, world_size: int) -> tuple[Forward, list[ScoredRow]]:
+        """The largest of all ranks' forwards, with what it goes on from, and the rows that it scores some of."""
+        work = self.plan(world_size)
+        return heaviest(work.forwards), work.rows
+
     def rehearse(self, engine: Engine, ranks: Ranks) -> None:
-        """The largest of all ranks' forwards, on every rank, with what it goes on from. Collective."""
-        work = self.plan(ranks.world_size)
-        worst = max(
-            (standing_alone(forward, its) for its in work.forwards for forward in its), key=lambda f: f.token_count
-        )
+        """`heaviest`, on every rank. Collective."""
+        forward, rows = self.heaviest(ranks.world_size)
         engine.train_mode(False)
-        for _ in score_forward(engine, worst, work.rows, KeptStates(), ranks.device):
+        for _ in score_forward(engine, forward, rows, KeptStates(), ranks.device):
             pass
 
     def run(

@@ -8,12 +8,14 @@ whole rows.
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorasp.models.kept_states import ALONE, KeptStates, Link
-from lorasp.zero.engine import Engine
+
+if TYPE_CHECKING:  # a plan of memory needs no deepspeed
+    from lorasp.zero.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,34 @@ class Forward:
     @property
     def token_count(self) -> int:
         return sum(len(part.tokens) for part in self.parts)
+
+    def inputs(self, rows: Sequence[ScoredRow], states: KeptStates, device: torch.device) -> dict[str, Any]:
+        """What the model's forward takes, but for `score` and `kept_states`; `states` is told of it."""
+        parts = self.parts or (Part(None, (0,)),)  # a rank without rows takes part all the same
+        lengths = tuple(len(part.tokens) for part in parts)
+        starts = states.begin([part.link for part in parts], lengths)
+        width = max((len(rows[row].continuations) for row in self.rows), default=1)
+        places: list[int] = []
+        labels: list[list[int]] = []
+        end = 0
+        for part, length in zip(parts, lengths, strict=True):
+            end += length
+            if part.row is not None:
+                row = rows[part.row]
+                places.extend(range(end - row.scored, end))
+                # One column a continuation; where a row has fewer, its first fills the others.
+                columns = [*row.continuations, *[row.continuations[0]] * (width - len(row.continuations))]
+                labels.extend(map(list, zip(*columns, strict=True)))
+        position_ids = torch.cat(
+            [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        )
+        inputs = {
+            "input_ids": torch.tensor([[token for part in parts for token in part.tokens]], device=device),
+            "position_ids": position_ids.unsqueeze(0).to(device),
+            "positions": torch.tensor(places, dtype=torch.int64, device=device),
+            "labels": torch.tensor(labels, dtype=torch.int64, device=device).view(-1, width),
+        }
+        return {**inputs, "example_lengths": lengths}
 
 
 def plan_forwards(
@@ -198,14 +228,20 @@ def standing_alone(forward: Forward, of_rank: Sequence[Forward]) -> Forward:
     return Forward((*(beginnings[key] for key in keys if key not in begun), *forward.parts), tuple(keys))
 
 
+def heaviest(of_ranks: Sequence[Sequence[Forward]]) -> Forward:
+    """The largest forward of all ranks, as if it were the first."""
+    alone = (standing_alone(forward, its) for its in of_ranks for forward in its)
+    return max(alone, key=lambda forward: forward.token_count)
+
+
 def score_forward(
-    engine: Engine, forward: Forward, rows: Sequence[ScoredRow], states: KeptStates, device: torch.device
+    engine: "Engine", forward: Forward, rows: Sequence[ScoredRow], states: KeptStates, device: torch.device
 ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
     """(row, of each continuation its log-likelihood in nats and whether greedy decoding would write it).
 
     Collective: each rank runs its own forward. states: the rank's, from one forward to the next.
     """
-    inputs = _inputs(forward, rows, states, device)
+    inputs = forward.inputs(rows, states, device)
     with torch.no_grad():
         losses, greedy = engine(**inputs, score=True, kept_states=states)
     states.drop(forward.done)
@@ -214,31 +250,3 @@ def score_forward(
     for row, its_losses, its_greedy in zip(forward.rows, losses.split(counts), greedy.split(counts), strict=True):
         sums, all_greedy = its_losses.double().sum(0).neg().tolist(), its_greedy.all(0).tolist()
         yield row, list(zip(sums, all_greedy, strict=True))[: len(rows[row].continuations)]
-
-
-def _inputs(forward: Forward, rows: Sequence[ScoredRow], states: KeptStates, device: torch.device) -> dict[str, Any]:
-    parts = forward.parts or (Part(None, (0,)),)  # a rank without rows takes part all the same
-    lengths = tuple(len(part.tokens) for part in parts)
-    starts = states.begin([part.link for part in parts], lengths)
-    width = max((len(rows[row].continuations) for row in forward.rows), default=1)
-    places: list[int] = []
-    labels: list[list[int]] = []
-    end = 0
-    for part, length in zip(parts, lengths, strict=True):
-        end += length
-        if part.row is not None:
-            row = rows[part.row]
-            places.extend(range(end - row.scored, end))
-            # One column a continuation; where a row has fewer, its first fills the others.
-            columns = [*row.continuations, *[row.continuations[0]] * (width - len(row.continuations))]
-            labels.extend(map(list, zip(*columns, strict=True)))
-    position_ids = torch.cat(
-        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    )
-    inputs = {
-        "input_ids": torch.tensor([[token for part in parts for token in part.tokens]], device=device),
-        "position_ids": position_ids.unsqueeze(0).to(device),
-        "positions": torch.tensor(places, dtype=torch.int64, device=device),
-        "labels": torch.tensor(labels, dtype=torch.int64, device=device).view(-1, width),
-    }
-    return {**inputs, "example_lengths": lengths}

@@ -65,7 +65,8 @@ class RunLog:
 
     def planned(self, plan: Plan) -> None:
         """Tells the plan, and keeps it for the report, beside what will be measured."""
-        self._planned = {**plan.phases, FIRST_STEP: plan.phases["train"]}
+        rehearsed = {f"rehearse_{phase}": parts for phase, parts in plan.phases.items()}
+        self._planned = {**plan.phases, **rehearsed, FIRST_STEP: plan.phases["train"]}
         peaks = ", ".join(f"{phase} {gib(plan.peak(phase))}" for phase in plan.phases)
         self.console.info(f"planned peak of a rank's tensors (GiB): {peaks}")
 
