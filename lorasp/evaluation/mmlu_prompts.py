@@ -124,21 +124,18 @@ def prompted_questions(
 def _tokenized(tokenizer: PreTrainedTokenizerBase, contexts: list[str]) -> list[tuple[list[int], list[list[int]]]]:
     """Of each context its tokens, and those that follow them for each answer.
 
-    All answers are tokenized after the first context, and after the others the first one only: where that gives other
-    tokens than after the first context, all of them.
+    With its first answer each context is tokenized, but only the first one, and those with which that answer has other
+    tokens, also by itself and with the others: where a token begins with the answer, the text before it has the tokens
+    that it has alone.
     """
     # A space at the context's end would go to the answer; there is none after "Answer:".
-    before = encode_texts(tokenizer, contexts)
-    with_first = encode_texts(tokenizer, [f"{context} {LETTERS[0]}" for context in contexts])
     found, usual = [], None
-    for text, context, whole in zip(contexts, before, with_first, strict=True):
-        first = whole[len(context) :]
-        if usual is None or first != usual[0] or whole[: len(context)] != context:
-            others = encode_texts(tokenizer, [f"{text} {letter}" for letter in LETTERS[1:]])
-            answers = [first, *(its[len(context) :] for its in others)]
-            usual = usual or answers
-        else:
-            answers = usual
+    for text, whole in zip(contexts, encode_texts(tokenizer, [f"{it} {LETTERS[0]}" for it in contexts]), strict=True):
+        if usual is not None and whole[-len(usual[0]) :] == usual[0]:
+            found.append((whole[: -len(usual[0])], usual))
+            continue
+        context, *others = encode_texts(tokenizer, [text, *(f"{text} {letter}" for letter in LETTERS[1:])])
+        answers = [its[len(context) :] for its in (whole, *others)]
         if not all(answers):
             letter = LETTERS[next(i for i, answer in enumerate(answers) if not answer)]
             raise RecipeError(
@@ -146,6 +143,8 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, contexts: list[str]) -> list[
                 f"token of its own and no log-likelihood; MMLU cannot be scored with it"
             )
         found.append((context, answers))
+        if usual is None and whole[: len(context)] == context:
+            usual = answers
     return found
 
 
