@@ -38,9 +38,13 @@ def test_the_table_gives_medians_ranges_and_ratios_above_an_empty_process():
     assert "| 1.00 | 0.33 |" in made.table({"same_examples": {benchmark.STACK: stack, "ours": ours}})
 
 
-@pytest.mark.parametrize(("theirs", "refused"), [(2.001, False), (2.01, True)])
-def test_sides_that_train_other_examples_are_found_out(theirs, refused, monkeypatch):
+@pytest.mark.parametrize(
+    ("theirs", "on_gpu", "refused"),
+    [(2.001, False, False), (2.005, False, True), (2.005, True, False), (2.01, True, True)],
+)
+def test_sides_that_train_other_examples_are_found_out(theirs, on_gpu, refused, monkeypatch):
     made = bench()
+    monkeypatch.setattr(benchmark, "_has_gpu", lambda: on_gpu)
     monkeypatch.setattr(benchmark, "Workload", lambda *_: None)
     losses = {benchmark.STACK: theirs, "ours": 2.0}
     monkeypatch.setattr(made, "_run", lambda side, work, measured: setattr(measured, "first_loss", losses[side]))
