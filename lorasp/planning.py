@@ -222,9 +222,8 @@ def _policies(
 ) -> tuple[tuple[str, bool], ...]:
     """(activation_checkpointing, offload_activations) that make a difference to this model."""
     training = recipe.training.model_copy(update={"activation_checkpointing": "selective"})
-    few = traces.model(
-        recipe.model_copy(update={"training": training}), config, dtype, _few_layers(config, scores=False)
-    )
+    layers = _few_layers(config, scores=recipe.mmlu.data is not None)
+    few = traces.model(recipe.model_copy(update={"training": training}), config, dtype, layers)
     return _OTHER_POLICIES if traces.fallback(few) else _POLICIES
 
 

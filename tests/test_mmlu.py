@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorasp.data.mmlu import read_mmlu
 from lorasp.evaluation.mmlu import MmluEvaluation
 from lorasp.evaluation.mmlu_prompts import assumed_forward, encode_texts, prompt, prompted_questions
-from lorasp.evaluation.scoring import standing_alone
+from lorasp.evaluation.scoring import kept_parts, standing_alone
 from lorasp.models.demo import convert_demo_model
 from lorasp.models.weights import load_config
 from lorasp.recipe import Mmlu, Model, RecipeError
@@ -274,7 +274,7 @@ def test_a_plan_without_the_questions_assumes_about_the_heaviest_of_them(tmp_pat
     assumed, _ = assumed_forward(asked.settings, load_config(directory, Model(path=str(directory))))
     assert 1 <= assumed.token_count / real.token_count < 1.1
     most = max(
-        sum(part.link.room for part in standing_alone(forward, its).parts)
+        sum(part.link.room for part in standing_alone(forward, kept_parts(its)).parts)
         for its in asked.plan(2).forwards
         for forward in its
     )

@@ -7,7 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorasp.evaluation.scoring import Forward, ScoredRow, heaviest, plan_forwards, score_forward, standing_alone
+from lorasp.evaluation.scoring import (
+    Forward,
+    ScoredRow,
+    heaviest,
+    kept_parts,
+    plan_forwards,
+    score_forward,
+    standing_alone,
+)
 from lorasp.live_tensors import LiveTensors
 from lorasp.models.kept_states import KeptStates, Link
 from lorasp.models.recompute import set_recomputation
@@ -150,7 +158,7 @@ def test_a_forward_can_stand_alone(directories):
     [forwards] = plan_forwards(rows, world_size=1, tokens=100)
     assert len(forwards) > 2 and not any(part.link.keeps for part in forwards[-1].parts)
     model = build(directories["llama"]).eval()
-    alone = standing_alone(forwards[-1], forwards)
+    alone = standing_alone(forwards[-1], kept_parts(forwards))
     assert alone.token_count == forwards[-1].token_count + 60
     whole = score(model, rows)
     for row, found in score_forward(Unsharded(model), alone, rows, KeptStates(), CPU):

@@ -6,7 +6,7 @@ beginning is found in the tokens, not in the text, so nothing is assumed of the 
 whole rows.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -220,17 +220,21 @@ def _in_forwards(
     return forwards
 
 
-def standing_alone(forward: Forward, of_rank: Sequence[Forward]) -> Forward:
-    """`forward` as if it were the first of its rank's: what its rows go on from stands before them."""
+def kept_parts(of_rank: Sequence[Forward]) -> dict[int, Part]:
+    """By key: what the rows of a rank's forwards go on from."""
+    return {part.link.key: part for forward in of_rank for part in forward.parts if part.link.keeps}
+
+
+def standing_alone(forward: Forward, kept: Mapping[int, Part]) -> Forward:
+    """`forward` as if it were the first of its rank's: what its rows go on from (`kept_parts`) stands before them."""
     begun = {part.link.key for part in forward.parts if part.link.keeps}
-    beginnings = {part.link.key: part for its in of_rank for part in its.parts if part.link.keeps}
     keys = dict.fromkeys(part.link.key for part in forward.parts if part.link.key is not None)
-    return Forward((*(beginnings[key] for key in keys if key not in begun), *forward.parts), tuple(keys))
+    return Forward((*(kept[key] for key in keys if key not in begun), *forward.parts), tuple(keys))
 
 
 def heaviest(of_ranks: Sequence[Sequence[Forward]]) -> Forward:
     """The largest forward of all ranks, as if it were the first."""
-    alone = (standing_alone(forward, its) for its in of_ranks for forward in its)
+    alone = (standing_alone(forward, kept) for its in of_ranks for kept in [kept_parts(its)] for forward in its)
     return max(alone, key=lambda forward: forward.token_count)
 
 

@@ -71,7 +71,8 @@ def fits(found: Sequence[tuple[list[str], Plan]], limit_bytes: int) -> str:
     """The overrides that fit, one line each."""
     if not found:
         return (
-            f"nothing fits into {gib(limit_bytes)} GiB: take more ranks, a smaller data.max_length, or a smaller model"
+            f"nothing fits into {gib(limit_bytes)} GiB: take more ranks, a smaller data.max_length or mmlu.tokens, or "
+            f"a smaller model"
         )
     lines = [f"fits into {gib(limit_bytes)} GiB, the fastest first:"]
     lines += [f"  {' '.join(overrides)}  # planned {gib(plan.highest)} GiB" for overrides, plan in found]
