@@ -74,7 +74,6 @@ def plan(
     tokens, all of them labelled (of a classifier, each row once; of T5, as long on either side).
 
     mmlu: its heaviest forward, and the rows of that, where the recipe asks for MMLU; None: about as heavy a one.
-
     dtype: of computation. device: "cuda", or "cpu", from which nothing can be offloaded. ranks_of_a_node: for a
     DeepSpeed configuration that keeps a set of shards in each node. traces: shared by plans of one model, method and
     precision, so that nothing is built or traced twice.

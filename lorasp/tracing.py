@@ -1,4 +1,4 @@
-"""What a step needs besides what is kept: traced on fake tensors, which have sizes and no memory.
+"""What a step, or a forward that scores, needs besides what is kept: traced on fake tensors, which have no memory.
 
 Forward and backward run as they are; what each operation makes and frees is counted, and nothing is computed.
 """
