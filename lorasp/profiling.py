@@ -29,7 +29,8 @@ def profiled(
 
     Leaves `rank_R_trace.json.gz` of each rank (Chrome's format, for ui.perfetto.dev: operations, kernels, every
     allocation), and on a GPU `rank_R_memory.pickle` (the allocator's history, for pytorch.org/memory_viz). The steps
-    are slower than others; their numbers are in the curves all the same. A disk that refuses is told to `warn`.
+    are slower than others, and what torch records is memory of the rank's; their numbers are in the curves all the
+    same. A disk that refuses is told to `warn`.
     """
     if settings.first_step is None:
         yield from steps

@@ -25,3 +25,12 @@ def test_a_rank_that_held_nothing_has_grown_by_no_share():
 
 def test_a_run_too_short_to_settle_has_none():
     assert drift([], []) == drift([1, 2, 3, 4], [(1,)] * 4) == drift([4, 5], [(1,), (2,)]) == []
+
+
+def test_a_profilers_memory_is_not_the_runs():
+    """From the step on that it records; a run that was profiled before it settled has no drift to tell."""
+    steps, held = [5, 6, 7, 8], [(100 * MIB,), (101 * MIB,), (300 * MIB,), (300 * MIB,)]
+    [its] = drift(steps, held, profiled_from=7)
+    assert (its.most_at_step, its.most_bytes) == (6, 101 * MIB) and not its.is_growing
+    assert drift(steps, held)[0].is_growing
+    assert drift(steps, held, profiled_from=6) == drift(steps, held, profiled_from=3) == []

@@ -87,6 +87,7 @@ def two_rank_report(**changes: Any) -> dict[str, Any]:
             "adapter": {"rank": 16, "alpha": 32.0},
             "selection": {"strategy": "balanced", "fraction": 0.5},
             "quantization": {"format": "nf4", "double_quant": True},
+            "profile": {"first_step": None},
         },
         "world_size": 2,
         "device": "cpu",
@@ -178,6 +179,14 @@ def test_the_markdown_report_shows_results_and_both_ranks_peaks():
     assert SOURCE in text
     assert rows_of(text, "exact match (%)") == [["exact match (%)", "2.000", "81.00"]]
     assert "accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quickstart.yaml" in text
+
+
+def test_a_profiled_run_says_whose_memory_it_measured():
+    report = two_rank_report()
+    told = "From step 4 on what was measured holds the profiler's own memory too."
+    assert told not in render_markdown(report)
+    report["recipe"]["profile"]["first_step"] = 4
+    assert told in render_markdown(report)
 
 
 def test_every_table_of_the_markdown_report_is_rectangular_though_answers_hold_pipes_and_line_breaks():

@@ -28,8 +28,15 @@ class Drift:
         return self.share > _TOLERATED and self.most_bytes - self.held_bytes > _SLACK_BYTES
 
 
-def drift(steps: Sequence[int], held_bytes: Sequence[Sequence[int]]) -> list[Drift]:
-    """Each rank's, from what the ranks held after each of `steps`; empty for a run that ended before it settled."""
+def drift(steps: Sequence[int], held_bytes: Sequence[Sequence[int]], profiled_from: int | None = None) -> list[Drift]:
+    """Each rank's, from what the ranks held after each of `steps`; empty for a run that ended before it settled.
+
+    profiled_from: the step from which on a rank holds a profiler's events too, which are not the run's: only steps
+    before it count.
+    """
+    if profiled_from is not None:
+        steps = [step for step in steps if step < profiled_from]
+        held_bytes = held_bytes[: len(steps)]
     settled = next((index for index, step in enumerate(steps) if step >= _SETTLED), len(steps))
     if settled >= len(steps) - 1:
         return []

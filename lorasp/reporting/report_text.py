@@ -252,6 +252,8 @@ def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> l
         pictures.get("memory", ""),
         table(header, rows, "l" + "r" * (len(header) - 1)),
     ]
+    if first := report["recipe"]["profile"]["first_step"]:
+        parts.append(f"From step {first} on what was measured holds the profiler's own memory too.")
     if drift := report.get("drift"):
         told = "; ".join(
             f"rank {its['rank']} {its['share']:+.1%} (step {its['most_at_step']}, {gib(its['most_bytes'])} GiB)"

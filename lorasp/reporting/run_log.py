@@ -286,7 +286,8 @@ class RunLog:
         self._trackers.close()
         if not self._ranks.is_main:
             return
-        drifts = drift([row["step"] for row in self._history[self._before :]], self._held_now)
+        steps = [row["step"] for row in self._history[self._before :]]
+        drifts = drift(steps, self._held_now, profiled_from=self._recipe.profile.first_step)
         for its in drifts:
             if its.is_growing:
                 self.console.warn(
