@@ -152,32 +152,34 @@ class AdaptedLinear(ShardedLinear):
         yield f"{self.name}.B", self.B_selection, self.B_bits
 
     def draw_dropout(self) -> DropoutSeeds | None:
-        """Of the examples at hand: a mask is drawn again in backward, not kept."""
-        if not (self.training and self.dropout):
+        """Of the examples at hand, if there are any: a mask is drawn again in backward, not kept."""
+        if not (self.training and self.dropout and self.examples.keys):
             return None
         return tuple(zip(self.examples.lengths, self.examples.seeds(self.name), strict=True))
 
     def project(self, rows: Tensor, seed: DropoutSeeds | None = None) -> Tensor:
         """rows [tokens, in] -> [tokens, out]: base and adapter in one, the update added in place."""
         y = super().project(rows)
-        dropped = rows if seed is None else rows * self._dropout_mask(rows, seed)
+        dropped = rows if seed is None else drop_mask(rows, self.dropout, seed).mul_(rows)
+        scale = self._scale_beside(seed)
         (inputs, A), (outputs, B) = self._factors()
         low_rank = _thin_product(_taken(dropped, inputs), A.t())
         if outputs is None:
-            return y.addmm_(low_rank, B.t(), alpha=self.scale)
-        return _add_to(y, outputs, low_rank.mul_(self.scale) @ B.t())
+            return y.addmm_(low_rank, B.t(), alpha=scale)
+        return _add_to(y, outputs, low_rank.mul_(scale) @ B.t())
 
     def backward(
         self, rows: Tensor, grad: Tensor, seed: DropoutSeeds | None = None, into: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """(gradient of `rows`, [of A, of B]); x·Aᵀ is made again, r/out of the base's product."""
         (inputs, A), (outputs, B) = self._factors()
-        mask = None if seed is None else self._dropout_mask(rows, seed)
+        scale = self._scale_beside(seed)
+        mask = None if seed is None else drop_mask(rows, self.dropout, seed)
         taken = _taken(rows if mask is None else rows * mask, inputs)
         grad_taken = _taken(grad, outputs)
-        grad_low_rank = _thin_product(grad_taken, B).mul_(self.scale)
+        grad_low_rank = _thin_product(grad_taken, B).mul_(scale)
         grad_A = grad_low_rank.t() @ taken
-        grad_B = _thin_product(grad_taken.t(), _thin_product(taken, A.t()).mul_(self.scale))
+        grad_B = _thin_product(grad_taken.t(), _thin_product(taken, A.t()).mul_(scale))
         del taken, grad_taken
         grad_rows = self._backward_of_base(grad, into)
         if inputs is not None:
@@ -215,8 +217,9 @@ class AdaptedLinear(ShardedLinear):
             for selection, narrow in zip((self.A_selection, self.B_selection), self._are_narrow(), strict=True)
         )
 
-    def _dropout_mask(self, rows: Tensor, seeds: DropoutSeeds) -> Tensor:
-        return drop_mask(rows, self.dropout, seeds)
+    def _scale_beside(self, seed: DropoutSeeds | None) -> float:
+        """`scale`, and 1/(1 - p) beside a mask, which is of zeros and ones."""
+        return self.scale if seed is None else self.scale / (1 - self.dropout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trained={self.A_selection.count}+{self.B_selection.count}"
