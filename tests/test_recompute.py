@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GraniteConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Ministral3Config, Qwen3Config
 
 from lorasp.adapter import adapted_linears
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
 from lorasp.live_tensors import LiveTensors
+from lorasp.models.attention import ATTENTION
 from lorasp.models.recompute import kept_bytes_per_token, set_recomputation
 from lorasp.quantization import ShardedLinear
 from tests.test_models import FAMILIES, build
@@ -155,10 +156,13 @@ def test_nothing_that_was_dequantized_is_alive_after_forward(directories):
     [
         (Qwen3Config, "Qwen3DecoderLayer cannot be taken apart: it consists of other parts (self_attn.k_norm"),
         (GraniteConfig, "GraniteDecoderLayer cannot be taken apart: its parts are joined in another way"),
+        (Ministral3Config, "Ministral3DecoderLayer cannot be taken apart: its parts are joined in another way"),
     ],
 )
 def test_other_layers_fall_back_to_layer_and_say_why(config, reason, policy):
-    """Qwen3 norms q and k. Granite has just Llama's parts, and scales what it adds to the residual."""
+    """Qwen3 norms q and k. Granite has just Llama's parts, and scales what it adds to the residual; Ministral 3 too,
+    and scales the queries from position 16,384 on.
+    """
     settings = {"residual_multiplier": 0.5} if config is GraniteConfig else {}
     small = config(
         hidden_size=32,
@@ -168,11 +172,20 @@ def test_other_layers_fall_back_to_layer_and_say_why(config, reason, policy):
         num_key_value_heads=1,
         **settings,
     )
-    model = AutoModelForCausalLM.from_config(small)
+    model = AutoModelForCausalLM.from_config(small, attn_implementation=ATTENTION)
     forward = model.model.layers[0].forward
     applied, fallback = set_recomputation(model, policy)
     assert applied == "layer" and fallback.startswith(reason)
     assert model.is_gradient_checkpointing and model.model.layers[0].forward == forward
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dropout_of_attention_is_no_reason_to_fall_back(policy):
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, attention_dropout=0.1),
+        attn_implementation=ATTENTION,
+    )
+    assert set_recomputation(model, policy) == (policy, None)
 
 
 def test_offloading_moves_all_that_is_kept_and_changes_no_number(directories, monkeypatch):
