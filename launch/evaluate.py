@@ -35,6 +35,7 @@ def main() -> int:
     from lorasp.accounting import held_bytes
     from lorasp.evaluation.harness import check_harness
     from lorasp.evaluations import Evaluations
+    from lorasp.isolation import check_isolation
     from lorasp.models.weights import hub_commit, load_tokenizer
     from lorasp.reporting.run_log import RunLog
     from lorasp.run import (
@@ -68,6 +69,7 @@ def main() -> int:
         loaded = load_model(recipe, directory, ranks, dtype, log.console.info)
         engine = Engine(ranks, loaded.model, recipe.training)
         log.model_loaded(asdict(loaded.counts), lambda: held_bytes(loaded.model, engine))
+    check_isolation(engine, dtype, ranks.device)
 
     clear_run_directory(run_dir, ranks)  # an earlier evaluation's
 

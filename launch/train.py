@@ -24,6 +24,7 @@ def main() -> int:
     from lorasp.checkpoint import load_adapter
     from lorasp.evaluation.harness import check_harness
     from lorasp.fine_tuning import FineTuning
+    from lorasp.isolation import check_isolation
     from lorasp.models.build import call_within_layers
     from lorasp.models.weights import hub_commit
     from lorasp.profiling import check_profile
@@ -94,6 +95,7 @@ def main() -> int:
         log.console.warn(
             f"adapter.init_from: it was trained in {loaded.start.dtype}, its base is rounded to {dtype} here"
         )
+    check_isolation(engine, dtype, ranks.device)
     call_within_layers(loaded.model.model, log.advanced)
 
     session = Session.start(recipe, ranks, log, run_dir, loaded, engine, data.tokenizer, data, mmlu)

@@ -25,7 +25,7 @@ from lorasp.models.kept_states import KeptStates
 from lorasp.models.recompute import set_recomputation
 from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
-from lorasp.recipe import Recipe
+from lorasp.recipe import Recipe, RecipeError
 
 # The head goes over its labels in chunks, and each from the third on makes and frees what the second did. Its hidden
 # states, and their gradients, are those of all labels all the same.
@@ -129,6 +129,8 @@ def _on_fakes(model: TaskModel, inputs: Mapping[str, Any]) -> Iterator[dict[str,
                 name: fakes.from_tensor(value) if isinstance(value, Tensor) else value
                 for name, value in inputs.items()
             }
+        except RecipeError:
+            raise
         except Exception as error:  # of another architecture's code, which may want to see a value
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise NoPlan(f"{type(model.model).__name__} cannot be traced without memory ({reason})") from error

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from lorasp.dropout import ExampleDropout, drop
 from lorasp.models.kept_states import KeptStates
+from lorasp.recipe import RecipeError
 
 ATTENTION = "lorasp_examples"
 
@@ -41,10 +42,12 @@ def attend_within_examples(
     kept_states: what examples go on from, and leave behind.
 
     A module that says `is_causal = False` is an encoder's.
-    Raises ValueError for what the kernels do not compute: soft-capped logits, or attention sinks.
+    Raises RecipeError for what the kernels do not compute: soft-capped logits, or attention sinks.
     """
     if softcap is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} caps its attention logits or uses sinks, which is not supported")
+        raise RecipeError(
+            f"model.path: {type(module).__name__} caps its attention logits or uses sinks, which is not supported"
+        )
     if kept_states is not None:
         outputs = kept_states.attend(
             module, query, key, value, example_lengths, scaling=scaling, sliding_window=sliding_window

@@ -58,6 +58,12 @@ def build_on_meta(
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(f"model.path: {config.model_type} is no {kind.is_called} here ({reason})") from None
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        raise RecipeError(
+            f"model.path: {config.model_type} has attention of its own kinds only: not supported"
+        ) from None
     # Registering on meta made a copy of each tied parameter.
     model.tie_weights()
     _replace_linears(model, kind.head_linears(model), recipe, dtype, kept_dense, recipe.seed if draws else None)
@@ -218,6 +224,8 @@ def _fill(
                     value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 placed[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = placed[id(parameter)]
+        else:  # drawn, or read from an adapter: on the CPU so far
+            parameter.data = parameter.data.to(device)
     for name, buffer in list(module.named_buffers(recurse=False)):
         module._buffers[name] = buffer.to(device)
 

@@ -35,15 +35,14 @@ class Head(nn.Module):
         """hidden [rows, hidden], labels int64 [rows].
 
         Without labels: logits [rows, vocabulary]. With labels: the sum of the cross entropies, an fp32 scalar in any
-        compute precision. With `score`: (cross entropies fp32, whether each label is the argmax), in the shape of
-        labels, which may then be several a row, [rows, labels].
+        compute precision; of no label 0, and gradients of 0, since all ranks reduce one of each weight. With `score`:
+        (cross entropies fp32, whether each label is the argmax), in the shape of labels, which may then be several a
+        row, [rows, labels].
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         if score:
             return self._score(hidden, labels)
-        if labels.numel() == 0:  # a rank without labels takes part in every collective all the same
-            return hidden.sum(dtype=_summed_in(hidden)) * 0
         return _CrossEntropySum.apply(hidden, self.weight, self.bias, labels)
 
     def _score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +133,11 @@ class CausalLM(TaskModel):
 
     def __init__(self, model: PreTrainedModel, *, offload_activations: bool = False) -> None:
         super().__init__(model, offload_activations=offload_activations)
+        if model._is_stateful or not model._supports_attention_backend:
+            raise RecipeError(
+                f"model.path: {model.config.model_type} has a recurrent state, or attention by code of its own, which "
+                f"no one tells where an example of a row ends; such models are not supported"
+            )
         head = model.get_output_embeddings()
         model.set_output_embeddings(Head(head.weight, head.bias))
 
