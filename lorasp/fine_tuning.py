@@ -3,6 +3,8 @@
 import json
 from typing import NoReturn
 
+from torch import distributed as dist
+
 from lorasp.data.batches import training_batches
 from lorasp.data.order import SampleOrder
 from lorasp.evaluations import Evaluations
@@ -63,7 +65,7 @@ class FineTuning:
         """Now that nothing can be refused any more: a directory for itself, or the state that it goes on from."""
         its, resumed = self._session, self._resumed
         if resumed is None or not resumed.is_of(its.run_dir):
-            clear_run_directory(its.run_dir, its.ranks)
+            clear_run_directory(its.run_dir, its.ranks, its.recipe.adapter.init_from)
             if its.loaded.own_base is not None:
                 its.loaded.own_base.place()
         if resumed is not None:
@@ -71,7 +73,7 @@ class FineTuning:
             (its.run_dir / LEFT).unlink(missing_ok=True)
             self._evaluations.samples = resumed.state.log["samples"]
             its.log.resume(resumed.state.log, self._start_step, resumed.state.world_size)
-        self._checkpoints.newest = self._start_step
+        self._checkpoints.begin(self._start_step)
 
     def score_start(self) -> None:
         """The model before its first step; or what the run that it goes on with left in the middle of."""
@@ -103,15 +105,22 @@ class FineTuning:
             start_step=self._start_step,
             collate=self._task.collate,
         )
-        rank, device, warn = its.ranks.rank, its.ranks.device, its.log.console.warn
-        batches = profiled(batches, recipe.profile, its.run_dir, rank=rank, device=device, warn=warn)
+        batches = profiled(
+            batches,
+            recipe.profile,
+            its.run_dir,
+            rank=its.ranks.rank,
+            device=its.ranks.device,
+            warn=its.log.console.warn,
+            writing=its.watchdog.patient,
+        )
         with its.log.training(total, its.loaded.flops, product_limit), its.watchdog.watching():
             train(
                 its.engine,
                 batches,
                 total,
                 recipe.training,
-                device=device,
+                device=its.ranks.device,
                 world_size=its.ranks.world_size,
                 max_loss=recipe.health.max_loss or self._task.highest_sound_loss(its.loaded.model.model.config),
                 on_step=its.log.stepped,
@@ -129,6 +138,7 @@ class FineTuning:
         self._keep(last)  # before the checkpoint: where room is short, the result has it
         self._checkpoint(last)
         self._checkpoints.wait()
+        dist.barrier()  # rank 0 alone writes: the others would be taken to stand still in the score
         self._score(last)
         self._evaluations.answer("after", last)
         if its.mmlu is not None:
@@ -160,7 +170,8 @@ class FineTuning:
         self._checkpoints.wait()
         if its.ranks.is_main:
             write_text_whole(its.run_dir / LEFT, json.dumps(self._checkpoints.left_at(preempted.step)))
-        its.log.console.info(f"{preempted}; the same command goes on")
+        goes_on = "with resume=auto it" if its.recipe.resume == "never" else "the same command"
+        its.log.console.info(f"{preempted}; {goes_on} goes on")
 
     def _score(self, step: int) -> None:
         self._evaluations.score(step, final=step == self._order.total_steps)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorasp.checkpoint import ADAPTER_FILE, SavedAdapter, load_adapter
+from lorasp.checkpoint import ADAPTER_FILE, CHECKPOINTS, SavedAdapter, load_adapter
 from lorasp.models.attention import ATTENTION
 from lorasp.models.build import build_on_meta, filled_units
 from lorasp.models.packed_base import use_run_base
@@ -168,7 +168,7 @@ def read_run(directory: str | Path) -> FinishedRun:
 def _read_report(directory: Path) -> tuple[dict[str, Any], Recipe]:
     path = directory / "report.json"
     if not path.is_file():
-        begun = any((directory / name).exists() for name in ("adapter", "model", "tensorboard"))
+        begun = any((directory / name).exists() for name in ("adapter", "model", "tensorboard", CHECKPOINTS))
         raise RecipeError(
             f"{directory}: the run has not come to its end, there is no report.json yet"
             if begun

@@ -1,6 +1,7 @@
 """What a few steps consist of: `runs/NAME/profile/`, as the recipe's `profile` section asks for it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,13 +25,14 @@ def profiled(
     rank: int,
     device: torch.device,
     warn: Callable[[str], None],
+    writing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[TrainingStep]:
     """The same steps; those that `settings` names run under torch's profiler.
 
     Leaves `rank_R_trace.json.gz` of each rank (Chrome's format, for ui.perfetto.dev: operations, kernels, every
     allocation), and on a GPU `rank_R_memory.pickle` (the allocator's history, for pytorch.org/memory_viz). The steps
     are slower than others, and what torch records is memory of the rank's; their numbers are in the curves all the
-    same. A disk that refuses is told to `warn`.
+    same. A disk that refuses is told to `warn`. writing: around what takes its time.
     """
     if settings.first_step is None:
         yield from steps
@@ -43,10 +45,12 @@ def profiled(
         yield step
         # Asked for the next one: this one has been run.
         if profiler is not None and step.step + 1 == last:
-            _stop(profiler, run_dir / "profile", rank, device, warn)
+            with writing():
+                _stop(profiler, run_dir / "profile", rank, device, warn)
             profiler = None
     if profiler is not None:  # the run was over before the last of them
-        _stop(profiler, run_dir / "profile", rank, device, warn)
+        with writing():
+            _stop(profiler, run_dir / "profile", rank, device, warn)
 
 
 def _start(device: torch.device) -> profile:

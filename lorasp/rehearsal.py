@@ -86,8 +86,7 @@ def rehearse_save(run_dir: Path, save: Callable[[Path], None], *, more_bytes: in
     directory = run_dir / "rehearsal"
     try:
         save(directory)
-        free = shutil.disk_usage(run_dir).free
-        if is_main and free < more_bytes:
+        if is_main and (free := shutil.disk_usage(run_dir).free) < more_bytes:
             raise RecipeError(
                 f"checkpoint: {run_dir} is to hold up to {more_bytes / 2**30:.3g} GiB of checkpoints, and "
                 f"{free / 2**30:.3g} GiB are free; free space, lower checkpoint.keep_last, or name another output_dir"

@@ -13,7 +13,9 @@ The order of the data, the learning rate and the dropout masks are functions of 
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch import distributed as dist
 
 from lorasp.checkpoint import (
     CHECKPOINTS,
@@ -133,7 +136,10 @@ class Found:
 
 
 def agreed_checkpoint(ranks: Ranks, find: Callable[[], Found | None]) -> Found | None:
-    """What `find` gives on rank 0, which alone reads. Collective; raises its RecipeError on all ranks."""
+    """What `find` gives on rank 0, which alone reads. Collective; raises its RecipeError on all ranks.
+
+    Also where a rank's host does not have it: from there each rank reads its own part.
+    """
     found: Found | str | None = None
     if ranks.is_main:
         try:
@@ -143,6 +149,11 @@ def agreed_checkpoint(ranks: Ranks, find: Callable[[], Found | None]) -> Found |
     found = ranks.gather(found)[0]
     if isinstance(found, str):
         raise RecipeError(found)
+    if found is not None and not found.path.is_dir():
+        raise RecipeError(
+            f"output_dir: {found.path} is not there on {socket.gethostname()}; a run on several nodes goes on only "
+            f"where all of them see one output_dir"
+        )
     return found
 
 
@@ -152,6 +163,8 @@ def find_checkpoint(recipe: Recipe, warn: Callable[[str], None]) -> Found | None
     warn: is told what was passed over, and why. Raises RecipeError for a named one that is not whole, or one of a run
     with other settings.
     """
+    if recipe.resume != "auto" and (found := _of_the_same_command(recipe, warn)) is not None:
+        return found
     if recipe.resume == "never":
         return None
     if recipe.resume != "auto":
@@ -171,6 +184,21 @@ def find_checkpoint(recipe: Recipe, warn: Callable[[str], None]) -> Found | None
             if not recipe.overwrite:
                 raise
             return None
+    return found
+
+
+def _of_the_same_command(recipe: Recipe, warn: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint of a run that did as the recipe's `resume` says already, and was cut short.
+
+    A named one is gone on from once. Nor does `never` begin anew each time that Slurm starts the job again.
+    """
+    begun_anew = recipe.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    if begun_anew or _has_ended(recipe.run_dir):
+        return None
+    found = newest_checkpoint(recipe.run_dir, warn)
+    if found is None or found.state.recipe.get("resume") != recipe.resume:
+        return None
+    found.state.check_recipe(recipe, found.path)
     return found
 
 
@@ -205,6 +233,20 @@ class Checkpoints:
         self._since = time.monotonic()
         self.newest = 0
 
+    def begin(self, step: int) -> None:
+        """The run begins, or goes on, after `step`: what was saved after that is damaged, or another course's.
+
+        Left there it would count among the last ones, and be gone on from. What a killed process was writing goes too.
+        """
+        self.newest = step
+        if not self._is_main:
+            return
+        for path in [path for path in sorted(self._root.glob("step-*")) if path > self.path(step)]:
+            self._warn(f"{path} is removed: the run goes on after step {step}")
+            shutil.rmtree(path, ignore_errors=True)
+        for left in self._root.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def path(self, step: int) -> Path:
         """Where the one of `step` is, or will be."""
         return self._root / f"step-{step:08d}"
@@ -228,7 +270,8 @@ class Checkpoints:
     def save(self, state: RunState, engine: Engine, info: AdapterInfo | None, model: torch.nn.Module) -> None:
         """Gathers the state, and writes it. Collective. info: None with `method: full`.
 
-        An adapter's is written while training goes on; a whole model's, which no rank could hold, as it is gathered.
+        An adapter's is written while training goes on; a whole model's, which no rank could hold, as it is gathered:
+        then all ranks wait until it is on the disk.
         A disk that refuses costs the checkpoint and not the run: it is told, and the one before stays.
         """
         self.wait()
@@ -240,6 +283,7 @@ class Checkpoints:
             else:
                 for _ in tensors:
                     pass
+            dist.barrier()
             return
         adapter = collect_adapter(model, engine.trained_values(), keeps=self._is_main)
         moments = [pair for pair in _flat_state(engine, with_masters=False) if self._is_main]

@@ -1,9 +1,11 @@
 """The stages of a run that launch scripts share: a directory of its own, data, a model that is built and sharded."""
 
 import contextlib
+import fcntl
 import io
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +52,7 @@ from lorasp.zero.sharding import bring_to_first, broadcast_buffer, keep_unit_who
 with uncompiled():
     import bitsandbytes  # noqa: F401  (what its import takes is no part of the load phase, in which it is first used)
 
+_LAST_RUN_ENDS = 10.0  # seconds that it may take, killed as it may be
 _RESULTS = ("report.json", "adapter", "model")  # what a user would miss; a run that failed early leaves none of it
 _OURS = (*_RESULTS, CHECKPOINTS, LEFT, "base", "report.md", "plots", "tensorboard", "profile", "export", TRANSLATIONS)
 
@@ -71,10 +74,10 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def claim_run_directory(recipe: Recipe, ranks: Ranks, resumes: bool = False) -> Path:
-    """The run's directory, made and writable; what an earlier run left there is not touched.
+    """The run's directory, made, writable and this run's alone; what an earlier run left there is not touched.
 
-    Raises RecipeError if that is so without `overwrite`, unless this one `resumes` it, or the directory cannot be
-    written.
+    Raises RecipeError if that is so without `overwrite`, unless this one `resumes` it, if another run writes there at
+    this time, or if the directory cannot be written.
     """
     run_dir = recipe.run_dir
     found = [name for name in _RESULTS if (run_dir / name).exists()]
@@ -85,6 +88,11 @@ def claim_run_directory(recipe: Recipe, ranks: Ranks, resumes: bool = False) -> 
             f"{run_dir} holds another run ({', '.join(found)}); give this one a name=… of its own, or set "
             f"overwrite=true to replace that one"
         )
+    start = recipe.adapter.init_from
+    if start is not None and not resumes and (run_dir / CHECKPOINTS).resolve() in Path(start).resolve().parents:
+        raise RecipeError(
+            f"adapter.init_from: {start} lies in what this run would replace; give this run a name=… of its own"
+        )
     if ranks.is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -92,17 +100,43 @@ def claim_run_directory(recipe: Recipe, ranks: Ranks, resumes: bool = False) -> 
             (run_dir / ".writable").unlink()
         except OSError as error:
             raise RecipeError(f"{run_dir} cannot be written ({error.strerror}); name another output_dir") from None
+        _lock(run_dir)
     return run_dir
 
 
-def clear_run_directory(run_dir: Path, ranks: Ranks) -> None:
+def _lock(run_dir: Path) -> None:
+    """Keeps other runs out of the directory for as long as this process lives, however it ends.
+
+    Ranks can outlive their launcher, and the same command given again would write among their files. Where the file
+    system has no locks on directories, as NFS, nobody is kept out. Raises RecipeError.
+    """
+    directory = os.open(run_dir, os.O_RDONLY)  # never closed: that would let go of it
+    until = time.monotonic() + _LAST_RUN_ENDS
+    while True:
+        try:
+            return fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise RecipeError(
+                    f"{run_dir} is being written by another run that has not ended (look for launch/train.py in "
+                    f"`ps ax`; SIGTERM has it save and leave); wait for it, or give this one a name=… of its own"
+                ) from None
+            time.sleep(0.5)
+        except OSError:
+            return
+
+
+def clear_run_directory(run_dir: Path, ranks: Ranks, init_from: str | None = None) -> None:
     """Removes what an earlier run of this name left there (with `overwrite`; otherwise there is nothing).
 
-    To be called once the model is loaded: a run that is refused must not have cost the earlier one, and this run may
-    start from that one's adapter.
+    To be called once the model is loaded: a run that is refused must not have cost the earlier one. init_from: an
+    adapter there that this run starts from stays until its own takes the place, or its loss would be this run's too.
     """
     if ranks.is_main:
+        kept = None if init_from is None else Path(init_from).resolve()
         for path in (run_dir / name for name in _OURS):
+            if path.name == "adapter" and kept in (run_dir.resolve(), path.resolve()):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -105,6 +105,18 @@ def test_a_full_disk_costs_the_run_nothing(directory, monkeypatch):
     assert not cache.path.parent.exists() or not list(cache.path.parent.iterdir())
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(directory):
+    cache = entry(directory)
+    fresh, old = (cache.path.with_name(f"{name}.partial") for name in ("fresh.1", "old.2"))
+    for path in (fresh, old):
+        path.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    checkpoint = Checkpoint(directory)
+    fill(directory, checkpoint, cache.keep)
+    cache.finish(checkpoint.digests)
+    assert cache.found() and sorted(path.name for path in cache.path.parent.iterdir()) == [cache.path.name, fresh.name]
+
+
 def test_the_manifest_is_plain_and_small(directory):
     _, _, cache = kept(directory)
     manifest = json.loads((cache.path / "manifest.json").read_text())

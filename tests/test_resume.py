@@ -3,13 +3,14 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from lorasp import resume
 from lorasp.recipe import Checkpointing, Recipe, RecipeError
-from lorasp.resume import Checkpoints, RunState, find_checkpoint, newest_checkpoint
+from lorasp.resume import Checkpoints, Found, RunState, agreed_checkpoint, find_checkpoint, newest_checkpoint
 
 
 def recipe(tmp_path, **changes):
@@ -116,6 +117,48 @@ def test_what_makes_another_run_is_told_and_what_does_not_goes_on(tmp_path):
     assert found.state.step == 3 and found.is_of(settings.run_dir) and not found.is_of(by_name.run_dir)
     with pytest.raises(RecipeError, match=r"resume: nowhere is no whole checkpoint: manifest.json is missing"):
         find_checkpoint(recipe(tmp_path, resume="nowhere"), pytest.fail)
+
+
+def test_a_named_one_is_gone_on_from_once_and_then_the_run_from_its_own(tmp_path, monkeypatch):
+    """Given again, the same command goes on from what it saved; a run's own older one may be named all the same."""
+    of = recipe(tmp_path, name="a")
+    write(of, 4, 6)
+    named = str(of.run_dir / "checkpoints" / "step-00000004")
+    other, own = recipe(tmp_path, name="b", resume=named), recipe(tmp_path, name="a", resume=named)
+    assert find_checkpoint(other, pytest.fail).path == find_checkpoint(own, pytest.fail).path == Path(named)
+    for settings in (other, own):
+        write(settings, 7)
+        assert find_checkpoint(settings, pytest.fail).state.step == 7
+        assert find_checkpoint(settings, pytest.fail).is_of(settings.run_dir)
+    never = recipe(tmp_path, name="c", resume="never")
+    write(never, 5)
+    assert find_checkpoint(never, pytest.fail) is None  # by hand it begins anew, by Slurm it goes on
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert find_checkpoint(never, pytest.fail).state.step == 5
+    assert find_checkpoint(recipe(tmp_path, name="a", resume="never"), pytest.fail) is None  # another command
+
+
+def test_what_is_newer_than_where_the_run_goes_on_is_gone_and_so_is_what_was_cut_short(tmp_path):
+    """Damaged ones counted among the last, and what was written next was removed at once."""
+    settings, told = recipe(tmp_path), []
+    root = write(settings, 4, 6, keep_last=2)
+    (root / "step-00000006" / "state.json").write_text("{")
+    (root / ".step-00000005.writing").mkdir()
+    checkpoints = Checkpoints(settings.run_dir, Checkpointing(keep_last=1), is_main=True, warn=told.append)
+    checkpoints.begin(newest_checkpoint(settings.run_dir, lambda _: None).state.step)
+    assert names(root) == ["step-00000004"] and checkpoints.newest == 4
+    assert told == [f"{root / 'step-00000006'} is removed: the run goes on after step 4"]
+    write(settings, 5, keep_last=1, keep_best=False)
+    assert names(root) == ["step-00000005"]
+
+
+def test_a_rank_whose_host_does_not_have_the_checkpoint_says_so(tmp_path):
+    class Ranks:
+        is_main = False
+        gather = staticmethod(lambda value: [Found(tmp_path / "step-00000004", None)])
+
+    with pytest.raises(RecipeError, match=r"output_dir: .*step-00000004 is not there on .*; a run on several nodes"):
+        agreed_checkpoint(Ranks(), pytest.fail)
 
 
 def test_other_data_is_told(tmp_path):

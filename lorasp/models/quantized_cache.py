@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorasp.models.packed_base import PackedBaseWriter, read_manifest
 from lorasp.models.weights import Checkpoint
 from lorasp.recipe import Quantization
 
+_ABANDONED = 86_400  # seconds since a unit was written: its process is dead, on whichever host it was
 _VERSION = 1  # of what an entry holds
 WORTH_KEEPING = 50_000_000  # weights: some seconds of quantization
 DAMAGED = "delete it and start again"  # what to do about an entry whose tensors have changed
@@ -58,6 +60,9 @@ class QuantizedCache(PackedBaseWriter):
         if not self._failed:
             try:
                 super().finish(read)
+                for partial in self.path.parent.glob("*.partial"):
+                    if time.time() - partial.stat().st_mtime > _ABANDONED:
+                        shutil.rmtree(partial, ignore_errors=True)
             except OSError as error:
                 self._give_up(error)
 

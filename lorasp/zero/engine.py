@@ -180,6 +180,7 @@ class Engine:
         `exp_avg_sq`; name; start; stop). A rank reads its own part only.
         """
         self._zero._partition_all_parameters()  # what was gathered ahead, or stays gathered, is of the old values
+        self._zero.invalidate_secondary_tensor()  # and so is the node's set of shards
         for flat, group in zip(self._zero.fp32_partitioned_groups_flat, self._groups, strict=True):
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             start = 0

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus
 from deepspeed.utils import get_z3_leaf_modules, groups, set_z3_leaf_module
 from torch import Tensor, nn
@@ -155,7 +156,8 @@ def whole(parameter: nn.Parameter) -> Tensor:
     """
     if not hasattr(parameter, "ds_tensor"):
         return parameter.detach()
-    shard = parameter.ds_tensor
+    # One that waits in the host's memory (offload_param) is on no device that nccl knows.
+    shard = parameter.ds_tensor.to(get_accelerator().current_device_name())
     values = shard.new_empty(dist.get_world_size() * shard.numel())
     dist.all_gather_into_tensor(values, shard)
     return values[: parameter.ds_numel].view(parameter.ds_shape)

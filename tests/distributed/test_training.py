@@ -111,6 +111,10 @@ def sparse_examples():
 
 
 SPARSE, A_RANK_WITHOUT = sparse_examples(), 5  # the step of which gradients are compared
+SPARSELY_LABELLED = {
+    "sparse": {"training": {"global_batch_size": 2}},
+    "sparse_full": {"training": {"global_batch_size": 2, "learning_rate": 1e-3}, "method": "full"},  # with its head
+}
 
 
 FAMILIES = {
@@ -195,9 +199,8 @@ def two_ranks(models, no_prefetch, saved, tmp_path_factory):
         )
     jobs["accumulation_steady"] = job(models["llama"], micro=2, count_operations=True, **short)
     jobs["deep"] = job(models["llama_deep"], micro=4, steps=1, adapter={"rank": 1, "target_modules": ["q_proj"]})
-    jobs["sparse"] = job(
-        models["llama"], micro=1, examples=SPARSE, gradients_of=A_RANK_WITHOUT, training={"global_batch_size": 2}
-    )
+    for name, changes in SPARSELY_LABELLED.items():
+        jobs[name] = job(models["llama"], micro=1, examples=SPARSE, gradients_of=A_RANK_WITHOUT, **changes)
     whole = str(ROOT / "ds_configs" / "zero2.json")
     jobs["gathers_base_whole"] = job(models["llama"], micro=4, gathers=True, **short | {"ds_config": whole})
     jobs["residual"] = job(models["llama"], micro=4, steps=2, quantization={"init": "residual"})
@@ -233,6 +236,8 @@ def four_ranks(models, two_ranks, saved, tmp_path_factory):
     hpz = tmp_path_factory.mktemp("ds") / "hpz.json"
     hpz.write_text(json.dumps(config))
     jobs = {"hpz": job(models["llama"], micro=1, ds_config=str(hpz))}
+    full = RESUMED["full"] | {"micro": 2, "resume": str(saved / "full"), "ds_config": str(hpz)}
+    jobs["2_to_4_full_hpz"] = job(models["llama"], **full)
     how = RESUMED["adapters"] | {"resume": str(saved / "adapters"), "save_at": 4, "save_to": str(saved / "by_four")}
     jobs["2_to_4_adapters"] = job(models["llama"], **how)
     jobs |= {"nf4": job(models["llama"], micro=1), "lora": job(models["llama"], micro=1, steps=2, method="lora")}
@@ -292,13 +297,14 @@ def test_two_sharded_ranks_equal_plain_pytorch_on_one_process(name, two_ranks, m
         assert min(two_ranks[name][0]["norms"]) < settings.training.max_grad_norm < max(two_ranks[name][0]["norms"])
 
 
-def test_a_rank_without_labels_in_the_middle_of_a_run_changes_nothing(two_ranks, models):
+@pytest.mark.parametrize("name", SPARSELY_LABELLED)
+def test_a_rank_without_labels_in_the_middle_of_a_run_changes_nothing(name, two_ranks, models):
     """One row a rank, most of them with tokens and no label: steps with labels on one rank alone and on none."""
-    ranks = two_ranks["sparse"]
+    ranks = two_ranks[name]
     labelled = [sum(bool(sum(rank["labels"][step])) for rank in ranks) for step in range(STEPS)]
     assert {0, 1} <= set(labelled) and labelled[A_RANK_WITHOUT] == 1, labelled
     assert all(ranks[0]["losses"][step] == 0 for step in range(STEPS) if labelled[step] == 0)
-    settings = Recipe(**recipe(models["llama"], micro=1, training={"global_batch_size": 2}))
+    settings = Recipe(**recipe(models["llama"], micro=1, **SPARSELY_LABELLED[name]))
     assert_equal_to_plain_pytorch(ranks, settings, SPARSE, gradients_of=A_RANK_WITHOUT)
 
 
@@ -392,6 +398,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(way, two_ranks, one_rank, fo
         torch.testing.assert_close(torch.tensor(resumed["values"][name]), torch.tensor(values), rtol=1e-3, atol=1e-5)
     if way == "2_to_1":
         assert_close(one_rank["2_to_1_full"][0]["losses"], two_ranks["whole_full"][0]["losses"][3:])
+    if way == "2_to_4":  # the node's set of shards is of the restored weights too
+        assert_close(four_ranks["2_to_4_full_hpz"][0]["losses"], two_ranks["whole_full"][0]["losses"][3:])
 
 
 def test_a_checkpoint_is_twelve_bytes_a_trained_entry_and_the_bits(two_ranks):

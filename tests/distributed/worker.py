@@ -18,6 +18,7 @@ from lorasp.cli import end_rank
 from lorasp.data.batches import collate, training_batches
 from lorasp.data.examples import Example
 from lorasp.data.order import SampleOrder
+from lorasp.isolation import check_isolation
 from lorasp.live_tensors import LiveTensors
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe
@@ -57,6 +58,7 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
         loaded = load_model(recipe, Path(recipe.model.path), ranks, dtype, resumed=resumed)
     engine = Engine(ranks, loaded.model, recipe.training)
     if resumed is not None:
+        check_isolation(engine, dtype, ranks.device)  # as train.py does: a forward of what is then replaced
         resumed.restore(engine)
     engine.train_mode(True)
     found: dict = {
