@@ -28,6 +28,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): set VmHWM to the present VmRSS; touches nothing else
 _SAMPLE_SECONDS = 0.005
+_CGROUP = Path("/sys/fs/cgroup")  # of the second version: a container's own
 # What a process may come to hold more, besides blocks, before its freed memory is looked for, or an eighth of what it
 # holds: that takes a millisecond or two, and to fill the memory anew takes as much again.
 _GROWTH = 2**24
@@ -171,9 +172,11 @@ def free_bytes(device: torch.device, processes: int) -> int:
 
     free = psutil.virtual_memory().available
     try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    except (OSError, ValueError):  # no cgroup of the second version, or no limit ("max")
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        used_for = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Files that were read, such as a checkpoint, count as used; the kernel drops them for whoever asks for more.
+        free = min(free, limit - used + int(used_for["active_file"]) + int(used_for["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no cgroup of the second version, or no limit ("max")
         pass
     return free // processes
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ import torch
 from lorasp import memory
 from lorasp.host_memory import return_freed_memory
 from lorasp.live_tensors import LiveTensors
-from lorasp.memory import MemoryMeter, breakdown, gib
+from lorasp.memory import MemoryMeter, breakdown, free_bytes, gib
 
 MB = 1_000_000
+GB = 2**30
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -218,6 +220,22 @@ def check_sampling(meter: MemoryMeter) -> None:
     assert meter.peaks["large"].peak_bytes == pytest.approx(200 * MB, rel=0.05)
     assert meter.peaks["small"].peak_bytes < 20 * MB
     assert threading.active_count() == threads
+
+
+def test_a_container_leaves_its_limit_and_the_files_that_its_kernel_would_drop(monkeypatch, tmp_path):
+    """31 of 32 GiB are used, 28 of them by a checkpoint that was read: 29 are free, of two ranks 14.5 each."""
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * GB))
+    assert free_bytes(torch.device("cpu"), 1) == 100 * GB
+    for name, text in (
+        ("max", f"{32 * GB}"),
+        ("current", f"{31 * GB}"),
+        ("stat", f"anon {3 * GB}\nactive_file {8 * GB}\ninactive_file {20 * GB}\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_bytes(torch.device("cpu"), 2) == 29 * GB // 2
+    (tmp_path / "memory.max").write_text("max")
+    assert free_bytes(torch.device("cpu"), 2) == 50 * GB
 
 
 def test_an_unknown_device_is_refused():

@@ -187,13 +187,15 @@ def test_a_models_revision_is_that_commit_and_one_that_is_not_cached_is_one_sent
     )
 
 
-def test_a_models_licence_is_downloaded_with_it(monkeypatch):
-    """It binds what is derived from the model: exports carry it along."""
+def test_a_models_licence_is_downloaded_with_it_and_its_weights_once(monkeypatch):
+    """It binds what is derived from the model: exports carry it along. Mistral's files hold all weights twice."""
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: asked.update(options) or "/found")
     assert locate_model(Model(path="me/base")) == Path("/found")
     files = ["LICENSE", "LICENSE.txt", "NOTICE.md", "config.json", "a.safetensors", "tokenizer.model"]
-    assert list(filter_repo_objects([*files, "pytorch_model.bin"], allow_patterns=asked["allow_patterns"])) == files
+    others = ["pytorch_model.bin", "consolidated.safetensors", "model.fp16-00001-of-00002.safetensors"]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*files, *others], **patterns)) == files
 
 
 RECIPE = """\

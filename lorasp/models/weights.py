@@ -17,6 +17,8 @@ from lorasp.recipe import DEMO_MODELS, Model, RecipeError
 
 DEMO_MODEL, DEMO_ENCODER = DEMO_MODELS
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+# The same weights again, under names that nothing here reads: Mistral's own layout, and diffusers' half precision.
+_NOT_READ = ["consolidated*", "*.fp16*"]
 
 
 def locate_model(model: Model, *, download: bool = True, weights: bool = True) -> Path:
@@ -49,7 +51,11 @@ def locate_model(model: Model, *, download: bool = True, weights: bool = True) -
     files = _FILES if weights else [pattern for pattern in _FILES if pattern != "*.safetensors"]
     try:
         found = snapshot_download(
-            model.path, revision=model.revision, allow_patterns=files, local_files_only=not download
+            model.path,
+            revision=model.revision,
+            allow_patterns=files,
+            ignore_patterns=_NOT_READ,
+            local_files_only=not download,
         )
     except HFValidationError:
         raise RecipeError(f"model.path: {model.path!r} is neither a directory nor a hub name") from None
