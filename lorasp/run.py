@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -104,6 +105,7 @@ def claim_run_directory(recipe: Recipe, ranks: Ranks, resumes: bool = False) -> 
     return run_dir
 
 
+@cache  # a directory that this process has
 def _lock(run_dir: Path) -> None:
     """Keeps other runs out of the directory for as long as this process lives, however it ends.
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -450,6 +451,23 @@ def test_a_directory_that_holds_another_run_is_left_alone(work, told):
     assert "runs/tiny holds another run (report.json, adapter)" in line
     assert "name=" in line and "overwrite=true" in line
     assert everything_in(work / "runs") == before
+
+
+def test_a_directory_that_another_process_writes_is_left_alone_until_that_one_has_ended(work, told, monkeypatch):
+    """Ranks outlive their launcher: the same command, given again, would write among their files."""
+    monkeypatch.setattr("lorasp.run._LAST_RUN_ENDS", 0.0)
+    place = work / "runs" / "taken"
+    place.mkdir()
+    holds = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{holds}; sys.stdin.read()", str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        [line] = told(lambda: until_the_first_weight(work, "name=taken"))
+        assert "runs/taken is being written by another run that has not ended" in line and "name=" in line
+        other.kill()
+    with pytest.raises(WeightRead):
+        until_the_first_weight(work, "name=taken")
 
 
 def test_a_refused_run_leaves_no_trace_that_would_refuse_the_next(work, told):
