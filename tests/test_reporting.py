@@ -15,9 +15,11 @@ import pytest
 
 from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe, RecipeError, Tracking
+from lorasp.reporting import run_log as run_log_module
 from lorasp.reporting import run_report
 from lorasp.reporting.console import Console
 from lorasp.reporting.report_text import format_peaks, render_markdown
+from lorasp.reporting.run_log import RunLog
 from lorasp.reporting.run_report import (
     build_report,
     by_phase,
@@ -28,6 +30,7 @@ from lorasp.reporting.run_report import (
 )
 from lorasp.reporting.tensorboard import TensorBoard, memory_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
+from lorasp.tasks.glue import Glue
 from tests.distributed.launching import ROOT, launch
 from tests.tiny_models import save_model
 
@@ -476,6 +479,58 @@ def test_a_tracker_that_cannot_start_is_one_sentence(wandb, tmp_path, monkeypatc
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(RecipeError, match=r"^tracking.with: wandb could not be started \(No API key configured.\)"):
         Trackers(recipe(tracking={"with": ["wandb"]}), tmp_path, 1, is_main=True, warn=pytest.fail)
+
+
+class OneRank:
+    """The only one, on a CPU."""
+
+    rank, world_size, is_main, device = 0, 1, True, "cpu"
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    @property
+    def accelerator(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(wait_for_everyone=lambda: None)
+
+
+@pytest.fixture
+def run_log(tmp_path) -> RunLog:
+    return RunLog(recipe(tracking={"with": []}), OneRank(), tmp_path)
+
+
+def test_scorers_are_loaded_before_anything_is_measured(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Glue, "load_scorers", lambda task: made.append("scorers"))
+    monkeypatch.setattr(run_log_module, "MemoryMeter", lambda device: made.append("meter"))
+    RunLog(recipe(task="mrpc", tracking={"with": []}), OneRank(), tmp_path)
+    assert made == ["scorers", "meter"]
+
+
+@pytest.mark.slow
+def test_a_score_imports_nothing_once_its_scorers_are_loaded():
+    """Imports of 20 to 130 MiB in the middle of a run would look like memory that it comes to hold."""
+    code = """
+import sys
+from lorasp.evaluation.glue_metrics import glue_metrics
+from lorasp.evaluation.translation import score_translations
+from lorasp.recipe import Recipe
+from lorasp.tasks import task_of
+
+scores = {
+    "stsb": lambda: glue_metrics(("pearson", "spearman"), [1.0, 0.0, 3.0], [1.0, 2.0, 0.5]),
+    "mrpc": lambda: glue_metrics(("accuracy", "f1"), [1, 0, 1], [1, 1, 0]),
+    "wmt16_en_ro": lambda: score_translations(["o zi"], ["o zi buna"]),
+}
+for task, score in scores.items():
+    test = {"translation": {"test": "wmt"}} if task == "wmt16_en_ro" else {}
+    task_of(Recipe(task=task, model={"path": "m"}, data={"train": "t"}, **test)).load_scorers()
+    before = set(sys.modules)
+    score()
+    assert set(sys.modules) == before, (task, set(sys.modules) - before)
+"""
+    pytest.importorskip("sacrebleu")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 def test_a_log_file_gets_plain_lines_and_progress_only_at_log_points():

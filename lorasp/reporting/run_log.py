@@ -27,6 +27,7 @@ from lorasp.reporting.report_text import format_peaks
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
 from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
+from lorasp.tasks import task_of
 from lorasp.tasks.base import Score
 from lorasp.trainer import Diverged, LogPoint
 from lorasp.whole_files import write_text_whole
@@ -42,7 +43,8 @@ class RunLog:
         self._recipe, self._ranks, self._run_dir = recipe, ranks, run_dir
         self.console = Console(ranks.is_main)
         check_trackers(recipe.tracking.with_)
-        # Before the meter: importing TensorBoard is no part of the run's memory.
+        # Before the meter: what TensorBoard and the scorers take to be imported is no part of the run's memory.
+        task_of(recipe).load_scorers()
         self._trackers = Trackers(recipe, run_dir, ranks.world_size, is_main=ranks.is_main, warn=self.console.warn)
         self._meter = MemoryMeter(ranks.device)
         self._started = time.perf_counter()
@@ -60,7 +62,8 @@ class RunLog:
         self._mmlu: list[dict[str, Any]] = []
         self._mmlu_asked: dict[str, Any] = {}
         self._lm_eval: dict[str, Any] | None = None
-        self._before = 0  # log points of the run before it was resumed: those of this process come after
+        # Of the run before it was resumed: its log points, and its steps. Those of this process come after.
+        self._before = self._resumed_at = 0
         self._progress = None
 
     def planned(self, plan: Plan) -> None:
@@ -156,7 +159,7 @@ class RunLog:
         self._history, self._scores = list(log["history"]), list(log["scores"])
         self._mmlu = list(log.get("mmlu", []))
         self._metrics = {**log["metrics"], **self._metrics}
-        self._before = len(self._history)
+        self._before, self._resumed_at = len(self._history), step
         self._trackers.resume(step)
         self.console.info(f"resumed after step {step} of {world_size} rank(s)")
 
@@ -287,7 +290,9 @@ class RunLog:
         if not self._ranks.is_main:
             return
         steps = [row["step"] for row in self._history[self._before :]]
-        drifts = drift(steps, self._held_now, profiled_from=self._recipe.profile.first_step)
+        drifts = drift(
+            steps, self._held_now, resumed_at=self._resumed_at, profiled_from=self._recipe.profile.first_step
+        )
         for its in drifts:
             if its.is_growing:
                 self.console.warn(

@@ -111,6 +111,11 @@ class Translation(Task):
             if source is not None:
                 yield source
 
+    def load_scorers(self) -> None:
+        if self.recipe.translation.test is not None:
+            check_metrics()
+            score_translations(["a"], ["a"])  # some parts are imported at their first use
+
     def read_data(self, directory: Path) -> PairData:
         recipe, data = self.recipe, self.recipe.data
         tokenizer = load_tokenizer(directory, recipe.model)
