@@ -127,6 +127,7 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     first, second = cut.examples
     assert first.input_ids[:40] == (*tokens(PREFIX + "abcdefgh"), EOS) and first.label_count == 2
     assert second.label_count == 40 and EOS not in second.input_ids[second.prompt_length :]
+    assert (first.cut, second.cut) == (False, True)  # of what is to be written
     assert encoded(tmp_path, "a\n" + texts[0], "x\n" + texts[1], max_length=40, too_long="drop").dropped == 2
     with pytest.raises(
         RecipeError, match=r"2 pairs have a side of more tokens than data.max_length=40 \(first: line 1"

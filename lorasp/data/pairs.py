@@ -124,6 +124,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, data: Rows, max_length: int
     )
     for row, (source, target) in enumerate(sides):
         source, target = (*source, eos), (*target, eos)
+        cut = len(target) > max_length
         if max(len(source), len(target)) > max_length:
             over.append((row, max(len(source), len(target))))
             if too_long != "truncate":
@@ -131,7 +132,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, data: Rows, max_length: int
             if len(source) > max_length:
                 source = (*source[: max_length - 1], eos)
             target = target[:max_length]
-        examples.append(Example(source + target, prompt_length=len(source)))
+        examples.append(Example(source + target, prompt_length=len(source), cut=cut))
         rows.append(row)
     if over and too_long == "error":
         first, tokens = over[0]
