@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from transformers import LlamaConfig
 
+from lorasp.evaluation.accuracy import accuracy, mean_accuracy
+from lorasp.evaluation.mmlu import MmluScore
 from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe, RecipeError, Tracking
 from lorasp.reporting import run_log as run_log_module
@@ -505,6 +508,52 @@ def test_scorers_are_loaded_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log_module, "MemoryMeter", lambda device: made.append("meter"))
     RunLog(recipe(task="mrpc", tracking={"with": []}), OneRank(), tmp_path)
     assert made == ["scorers", "meter"]
+
+
+def mmlu_score(correct: int, questions: int) -> MmluScore:
+    its = accuracy(correct, questions)
+    counts = {"truncated": 0, "dropped_shots": 0, "computed_tokens": 900}
+    seconds = {"prepare_seconds": 0.5, "seconds": 2.0, "questions_per_second": questions / 2}
+    return MmluScore({"anatomy": its}, {"stem": its}, its, mean_accuracy([its]), **counts, **seconds)
+
+
+def mmlu_questions(count: int) -> types.SimpleNamespace:
+    """As an `MmluEvaluation` tells what it asks."""
+    asked = {"source": "mmlu", "split": "test", "digest": "0f" * 32, "prompt": "plain", "shots": 5, "subjects": 1}
+    asked |= {"questions": count, "truncate": "tokens", "max_length": 2048}
+    return types.SimpleNamespace(report=lambda: asked, settings=types.SimpleNamespace(shots=5))
+
+
+LLAMA_7B = LlamaConfig(max_position_embeddings=2048)
+
+
+def finished(log: RunLog, status: str = "finished") -> tuple[dict[str, Any], str]:
+    """report.json and report.md."""
+    parameters = {"total": 1000, "adapter": 20, "trained": 10}
+    log.finish(status, parameters=parameters, optimizer_state_bytes=120, data={}, samples=[])
+    run_dir = log._run_dir
+    return json.loads((run_dir / "report.json").read_text()), (run_dir / "report.md").read_text()
+
+
+def test_a_run_that_ends_before_it_asks_all_of_mmlu_reports_what_it_asked(run_log, tmp_path):
+    """It was stopped, or resumed from a checkpoint by processes that ask nothing more."""
+    run_log.mmlu_scored(2, mmlu_questions(7), mmlu_score(3, 7), LLAMA_7B, whole=False)
+    state = run_log.state([])
+    resumed = RunLog(recipe(tracking={"with": []}), OneRank(), tmp_path)
+    resumed.resume(state, step=3, world_size=1)
+    for log in (run_log, resumed):
+        report, text = finished(log, "stopped: the loss became NaN")
+        assert [(its["step"], its["micro"]["questions"]) for its in report["mmlu"]["scores"]] == [(2, 7)]
+        assert report["mmlu"]["asked"]["questions"] == 7 and "mmlu_accuracy_after" not in report["metrics"]
+        assert "5 shots of the dev split; 7 questions of the test split" in text
+    resumed.mmlu_scored(4, mmlu_questions(91), mmlu_score(30, 91), LLAMA_7B, whole=True)
+    resumed.mmlu_scored(6, mmlu_questions(7), mmlu_score(4, 7), LLAMA_7B, whole=False)
+    assert finished(resumed)[0]["mmlu"]["asked"]["questions"] == 91
+
+
+def test_a_checkpoint_that_is_older_than_mmlu_resumes(run_log):
+    run_log.resume({"history": [], "scores": [], "metrics": {}}, step=3, world_size=1)
+    assert "mmlu" not in finished(run_log)[0]
 
 
 @pytest.mark.slow

@@ -151,13 +151,14 @@ class RunLog:
     def state(self, samples: list[dict[str, str]]) -> dict[str, Any]:
         """What a run that goes on needs for its report, plain data."""
         log = {"history": self._history, "scores": self._scores, "metrics": self._metrics, "samples": samples}
-        log |= {"mmlu": self._mmlu}
+        log |= {"mmlu": self._mmlu, "mmlu_asked": self._mmlu_asked}
         return copy.deepcopy(log)  # it is written while training goes on
 
     def resume(self, log: Mapping[str, Any], step: int, world_size: int) -> None:
         """Goes on after `step` with what `state` gave there. world_size: of that part of the run."""
         self._history, self._scores = list(log["history"]), list(log["scores"])
-        self._mmlu = list(log.get("mmlu", []))
+        # Checkpoints of older versions have only some of it.
+        self._mmlu, self._mmlu_asked = list(log.get("mmlu", [])), dict(log.get("mmlu_asked", {}))
         self._metrics = {**log["metrics"], **self._metrics}
         self._before, self._resumed_at = len(self._history), step
         self._trackers.resume(step)
@@ -251,6 +252,7 @@ class RunLog:
         self._mmlu = [its for its in self._mmlu if its["step"] != step] + [values]  # a resumed run scores it again
         if whole:
             self._metrics[f"mmlu_accuracy_{'after' if step else 'before'}"] = score.micro.accuracy
+        if whole or not self._mmlu_asked:  # a run that is stopped may have asked some of them only
             self._mmlu_asked = {
                 "asked": evaluation.report(),
                 "paper": paper_figure(config, self._recipe.method),
