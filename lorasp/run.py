@@ -23,7 +23,7 @@ from lorasp.checkpoint import (
     save_model,
 )
 from lorasp.data.mmlu import download_mmlu
-from lorasp.evaluation.mmlu import MmluEvaluation
+from lorasp.evaluation.mmlu import PREDICTIONS, MmluEvaluation
 from lorasp.evaluation.translation import TRANSLATIONS
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
@@ -99,7 +99,8 @@ def clear_run_directory(run_dir: Path, ranks: Ranks) -> None:
     """Removes what an earlier run of this name left there (with `overwrite`; otherwise there is nothing).
 
     To be called once the model is loaded: a run that is refused must not have cost the earlier one, and this run may
-    start from that one's adapter.
+    start from that one's adapter. Predictions of an evaluation that was interrupted stay: it may be this one, which
+    their first line tells (evaluation/predictions.py).
     """
     if ranks.is_main:
         for path in (run_dir / name for name in _OURS):
@@ -107,6 +108,8 @@ def clear_run_directory(run_dir: Path, ranks: Ranks) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        for path in (run_dir / PREDICTIONS).glob("*.jsonl"):
+            path.unlink()
 
 
 def find_model(recipe: Recipe, ranks: Ranks) -> Path:
