@@ -35,6 +35,7 @@ from lorasp.reporting.run_report import (
 from lorasp.reporting.tensorboard import TensorBoard, memory_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
 from lorasp.tasks.glue import Glue
+from lorasp.trainer import Diverged
 from tests.distributed.launching import ROOT, launch
 from tests.tiny_models import save_model
 
@@ -186,6 +187,30 @@ def test_the_markdown_report_shows_results_and_both_ranks_peaks():
     assert SOURCE in text
     assert rows_of(text, "exact match (%)") == [["exact match (%)", "2.000", "81.00"]]
     assert "accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quickstart.yaml" in text
+
+
+def test_a_classifiers_loss_has_its_own_unit_and_names_its_rows():
+    """The score is the reported rows', the loss the selection rows' where there are some."""
+    of_rows = {"metric": "pearson", "score": 0.75, "count": 90, "majority": {}}
+    report = two_rank_report(
+        metrics={"held_out_loss_before": 8.5, "held_out_loss_after": 0.5, "pearson_after": 0.75},
+        splits={"reported": of_rows | {"metrics": {"pearson": 0.75, "loss": 0.6}}},
+    )
+    report["recipe"]["task"] = "stsb"
+    text = render_markdown(report)
+    assert text.startswith("# quickstart: pearson 0.750, held-out loss 8.500 → 0.500\n")
+    assert "loss (squared error)" in rows_of(text, "step")[0] and "nats" not in text
+    report["selection"] = of_rows | {"metrics": {"pearson": 0.7, "loss": 0.5}}
+    text = render_markdown(report)
+    assert text.startswith("# quickstart: pearson 0.750, loss of the selection rows 8.500 → 0.500\n")
+    assert rows_of(text, "loss of the selection rows (squared error)")[0][1:] == ["8.500", "0.5000"]
+    report["recipe"]["task"] = "mrpc"
+    assert "loss (nats a row)" in rows_of(render_markdown(report), "step")[0]
+
+
+def test_a_loss_above_the_limit_is_told_without_a_unit_that_only_texts_have():
+    told = str(Diverged(3, 16.761))
+    assert told.startswith("the loss became 16.76, above health.max_loss, at step 3; lower training.learning_rate")
 
 
 def test_a_profiled_run_says_whose_memory_it_measured():
@@ -346,12 +371,13 @@ def test_tensorboard_events_read_back_as_they_were_written(tmp_path):
 def test_one_custom_chart_of_tensorboard_holds_all_ranks_and_each_once(tmp_path):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    board = TensorBoard(tmp_path, world_size=12)
+    board = TensorBoard(tmp_path, world_size=12, loss_unit="nats a row")
     board.scalars(1, memory_scalars([1] * 12, [1] * 12))
     board.close()
     events = events_of(tmp_path)
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    assert "training and held-out (nats a row)" in charts
     patterns = charts["peak of every rank (GiB)"].multiline.tag
     # The plugin takes every tag that a pattern matches the beginning of: rank_1 is not to bring rank_10 with it.
     shown = [tag for pattern in patterns for tag in events.Tags()["scalars"] if re.match(pattern, tag)]

@@ -28,7 +28,6 @@ _HISTORY_ROWS = 10
 _UNITS = (
     ("exact_match", "%", 100.0),
     ("accuracy", "%", 100.0),
-    ("loss", "nats a token", 1.0),
     ("tokens_per_second", "tokens/s", 1.0),
     ("seconds", "s", 1.0),
     ("gib", "GiB", 1.0),
@@ -76,7 +75,7 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
     sections += _memory_section(report, pictures)
     sections += _throughput_section(report["throughput"])
     sections.append(pictures.get("throughput", ""))
-    sections += _history_section(report["history"])
+    sections += _history_section(report["history"], loss_unit(report["recipe"]))
     sections += _data_section(report["data"])
     sections += _origin_section(report)
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -87,12 +86,18 @@ def _is_evaluation(report: Mapping[str, Any]) -> bool:
     return "train" not in report["phases"]
 
 
+def _held_out_loss(report: Mapping[str, Any]) -> str:
+    """What `held_out_loss` is called: a classifier's is the selection rows' where it has some, its score is not."""
+    is_of_others = "selection" in report and "majority" in report["selection"]
+    return "loss of the selection rows" if is_of_others else "held-out loss"
+
+
 def _headline(report: Mapping[str, Any]) -> str:
     metrics = report["metrics"]
     parts = []
     for name, text, scale, places, unit in (
         ("exact_match", "held-out exact match", 100, 1, " %"),
-        ("held_out_loss", "held-out loss", 1, 3, ""),
+        ("held_out_loss", _held_out_loss(report), 1, 3, ""),
     ):
         before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after", metrics.get(name))
         if after is not None:
@@ -184,8 +189,9 @@ def _metrics_section(report: Mapping[str, Any]) -> list[str]:
             before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
         else:
             before, after = None, metrics[name]
-        label, scale = _label(name)
-        label = label.replace("nats a token", unit)
+        label, scale = _label(name, unit)
+        if name == "held_out_loss":
+            label = label.replace(_words(name), _held_out_loss(report))
         cells = ["–" if value is None else _number(value * scale) for value in (before, after)]
         rows.append((label, *cells[-len(header) + 1 :]))
     return ["## Results", table(header, rows, "lrr"[: len(header)])] if rows else []
@@ -325,7 +331,7 @@ def _throughput_section(throughput: Mapping[str, Any]) -> list[str]:
     return sections
 
 
-def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
+def _history_section(history: Sequence[Mapping[str, float]], loss_unit: str) -> list[str]:
     if not history:
         return []
     count = min(len(history), _HISTORY_ROWS)
@@ -333,7 +339,7 @@ def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
     chosen = [history[round(i * last / max(1, count - 1))] for i in range(count)]
     # The ranks' memory curves would need a column each; TensorBoard has them.
     names = [name for name in dict.fromkeys(n for row in history for n in row) if not name.startswith("memory/")]
-    labels = {name: _label(name) for name in names}
+    labels = {name: _label(name, loss_unit) for name in names}
     rows = []
     for row in chosen:
         values = ((row.get(name), labels[name][1]) for name in names)
@@ -386,9 +392,9 @@ def _words(name: str) -> str:
     return name.replace("held_out", "held-out").replace("_", " ").replace("/", " ")
 
 
-def _label(name: str) -> tuple[str, float]:
+def _label(name: str, loss_unit: str) -> tuple[str, float]:
     """The header of a number named `name`, with its unit, and the factor to that unit."""
-    for ending, unit, scale in _UNITS:
+    for ending, unit, scale in (("loss", loss_unit, 1.0), *_UNITS):
         if name.endswith(ending):
             return f"{_words(name)} ({unit})", scale
     return _words(name), 1.0

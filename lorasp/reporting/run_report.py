@@ -1,7 +1,8 @@
 """The report of a run: `report.json` for programs, `report.md` for people, both from the same plain data.
 
 Every number in it was measured or counted; what is a remainder (`workspace`) is called one. In `report.json` sizes are
-bytes, durations seconds, losses nats a token, exact match a share from 0 to 1; a number that isn't finite is null.
+bytes, durations seconds, losses in the task's unit (report_text.loss_unit), exact match a share from 0 to 1; a number
+that isn't finite is null.
 """
 
 import json
