@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from lorasp.evaluation.accuracy import accuracy, mean_accuracy
@@ -535,6 +536,18 @@ def test_scorers_are_loaded_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log_module, "MemoryMeter", lambda device: made.append("meter"))
     RunLog(recipe(task="mrpc", tracking={"with": []}), OneRank(), tmp_path)
     assert made == ["scorers", "meter"]
+
+
+def test_the_advice_is_of_the_policy_in_force_and_of_all_ranks(tmp_path):
+    two = OneRank()
+    two.world_size = 2
+    training = {"micro_batch_size": 5, "global_batch_size": 10, "activation_checkpointing": "selective"}
+    log = RunLog(recipe(tracking={"with": []}, training=training), two, tmp_path)
+    log.recomputes(LLAMA_7B, torch.float32, "layer", "T5 cannot be taken apart")
+    with pytest.raises(RecipeError) as error, log.phase("train"):
+        raise MemoryError
+    assert "activation_checkpointing" not in str(error.value)
+    assert "training.micro_batch_size=1 (now 5)" in str(error.value)
 
 
 def mmlu_score(correct: int, questions: int) -> MmluScore:

@@ -66,6 +66,7 @@ class RunLog:
         # Of the run before it was resumed: its log points, and its steps. Those of this process come after.
         self._before = self._resumed_at = 0
         self._progress = None
+        self._policy: str | None = None  # of activations, in force
 
     def planned(self, plan: Plan) -> None:
         """Tells the plan, and keeps it for the report, beside what will be measured."""
@@ -92,7 +93,15 @@ class RunLog:
                 raise
             raise RecipeError(
                 describe_out_of_memory(
-                    error, name, self._recipe, self._ranks.rank, self._meter.peaks, self._count_held(), task
+                    error,
+                    name,
+                    self._recipe,
+                    self._ranks.rank,
+                    self._meter.peaks,
+                    self._count_held(),
+                    task,
+                    world_size=self._ranks.world_size,
+                    policy=self._policy,
                 )
             ) from error
         self._held[name] = self._count_held()
@@ -138,6 +147,7 @@ class RunLog:
 
     def recomputes(self, config: PreTrainedConfig, dtype: torch.dtype, policy: str, fallback: str | None) -> None:
         """Tells the activation policy in force, what it keeps, and why it is not the one asked for (`fallback`)."""
+        self._policy = policy
         if fallback:
             asked = self._recipe.training.activation_checkpointing
             self.console.warn(f"activation_checkpointing={asked} is {policy} here: {fallback}")
