@@ -43,6 +43,8 @@ def test_empty_lines_are_counted_or_named(tmp_path):
     source = write(tmp_path, "train", "a\n\nc\n \n", "x\ny\n\nz\n")
     rows = read_pairs(source, empty_output="drop")
     assert rows.places == ["line 1"] and rows.dropped_empty == 3
+    kept = read_pairs(source, empty_output="keep")
+    assert kept.places == ["line 1", "line 2", "line 3", "line 4"] and kept.dropped_empty == 0
     with pytest.raises(RecipeError, match=r"3 pairs have an empty side \(line 2, 3, 4\)"):
         read_pairs(source, empty_output="error")
 
