@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -480,12 +481,13 @@ def wandb(monkeypatch) -> Iterator[Wandb]:
 
 
 def test_another_tracker_gets_the_same_scalars_and_the_settings(wandb, tmp_path):
-    both = recipe(tracking={"with": ["tensorboard", "wandb"]}, adapter={"rank": 4})
+    both = recipe(tracking={"with": ["tensorboard", "wandb"]}, adapter={"rank": 4}, task="mrpc")
     trackers = Trackers(both, tmp_path, 2, is_main=True, warn=pytest.fail)
     trackers.scalars(5, {"train/loss": 0.5})
     trackers.close()
     (_, init), (_, settings), point, (last, _) = wandb.calls
     assert init == {"project": "lorasp", "name": "café"}
+    assert settings["task"] == "mrpc" and settings["deepspeed.config"] == both.deepspeed.config
     assert settings["adapter.rank"] == 4 and settings["world_size"] == 2 and settings["quantization.format"] == "nf4"
     assert point == (5, {"train/loss": 0.5})
     assert last == "finish"
@@ -520,9 +522,7 @@ class OneRank:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    @property
-    def accelerator(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(wait_for_everyone=lambda: None)
+    accelerator = types.SimpleNamespace(wait_for_everyone=lambda: None)
 
 
 @pytest.fixture
@@ -536,6 +536,18 @@ def test_scorers_are_loaded_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log_module, "MemoryMeter", lambda device: made.append("meter"))
     RunLog(recipe(task="mrpc", tracking={"with": []}), OneRank(), tmp_path)
     assert made == ["scorers", "meter"]
+
+
+def test_the_ranks_clocks_start_together_before_rank_0_loads_trackers(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log_module, "Trackers", lambda *_, **__: time.sleep(0.2))
+    waited = []
+    ranks = OneRank()
+    ranks.accelerator = types.SimpleNamespace(wait_for_everyone=lambda: waited.append(time.sleep(0.2)))
+    before = time.perf_counter()
+    log = RunLog(recipe(), ranks, tmp_path)
+    with log.phase("load"):
+        begun = time.perf_counter() - before
+    assert waited and 0.2 <= log._timeline["seconds"][0] <= begun - 0.19
 
 
 def test_the_advice_is_of_the_policy_in_force_and_of_all_ranks(tmp_path):

@@ -44,11 +44,13 @@ class RunLog:
         self._recipe, self._ranks, self._run_dir, self._trains = recipe, ranks, run_dir, trains
         self.console = Console(ranks.is_main)
         check_trackers(recipe.tracking.with_)
+        # Of all ranks at once, before rank 0 alone loads trackers: their curves share one axis.
+        ranks.accelerator.wait_for_everyone()
+        self._started = time.perf_counter()
         # Before the meter: what TensorBoard and the scorers take to be imported is no part of the run's memory.
         task_of(recipe).load_scorers()
         self._trackers = Trackers(recipe, run_dir, ranks.world_size, is_main=ranks.is_main, warn=self.console.warn)
         self._meter = MemoryMeter(ranks.device)
-        self._started = time.perf_counter()
         self._phases = [""]  # that are open, the innermost last
         self._timeline: dict[str, list] = {"seconds": [], "phase": [], "now_bytes": [], "peak_bytes": []}
         self._count_held: Callable[[], dict[str, int]] = dict

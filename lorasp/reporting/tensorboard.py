@@ -22,8 +22,11 @@ class TensorBoard:
     """Writes one event file under `log_dir`, from the first number on.
 
     Tags in use: `train/loss`, `train/learning_rate`, `train/gradient_norm`, `throughput/real_tokens_per_second`,
-    `throughput/computed_tokens_per_second`, `throughput/step_seconds`, `throughput/mfu`, `evaluate/held_out_loss`,
-    `evaluate/exact_match`, and those of `memory_scalars` and `part_scalars`. The CUSTOM SCALARS tab shows all ranks'
+    `throughput/computed_tokens_per_second`, `throughput/step_seconds`, `throughput/mfu`, those of `memory_scalars` and
+    `part_scalars`, and `evaluate/NAME` of each number that the task scores: `held_out_loss`; `exact_match` of texts;
+    `bleu`, `rouge1`, `rouge2` and `rougeL` of translations; of a GLUE task its metrics (`accuracy`, `f1`, `matthews`,
+    `pearson`, `spearman`), with `selection_` or `mismatched_` before those of other rows; `mmlu_accuracy` and
+    `mmlu_accuracy_macro`. The CUSTOM SCALARS tab shows all ranks'
     memory in one chart, and their seconds in each part of a step; HPARAMS compares runs by their settings.
     """
 

@@ -19,7 +19,10 @@ _RUN_NAME = {
     "aim": "experiment",
 }
 # Settings that make a run's result, or its speed; the others only say where things lie.
-_HYPERPARAMETERS = ("method", "seed", "model", "adapter", "selection", "quantization", "data", "training")
+_HYPERPARAMETERS = (
+    *("task", "method", "seed", "model", "adapter", "selection", "quantization", "data", "training"),
+    "deepspeed",
+)
 
 
 def check_trackers(names: list[str]) -> None:
