@@ -149,7 +149,8 @@ def _run(command: list[str], threads: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RecipeError(f"{command[1]} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        script = next(part for part in command if part.endswith(".py"))
+        raise RecipeError(f"{script} failed:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
 def _options() -> argparse.Namespace:

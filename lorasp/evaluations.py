@@ -7,7 +7,7 @@ from typing import NoReturn
 from lorasp.adapter import model_selection_digest
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.harness import run_harness
-from lorasp.evaluation.mmlu import MmluEvaluation, MmluScore, trained_digest
+from lorasp.evaluation.mmlu import PREDICTIONS, MmluEvaluation, MmluScore, trained_digest
 from lorasp.reporting.out_of_memory import ANSWERING
 from lorasp.run import compute_dtype
 from lorasp.session import Session
@@ -93,7 +93,7 @@ class Evaluations:
             return questions.run(
                 its.engine,
                 its.ranks,
-                its.run_dir / "mmlu" / f"step-{step:08d}.jsonl",
+                its.run_dir / PREDICTIONS / f"step-{step:08d}.jsonl",
                 model,
                 again=self._again,
                 leaves=its.agreement.to_leave,

@@ -26,7 +26,7 @@ from lorasp.checkpoint import (
     save_model,
 )
 from lorasp.data.mmlu import download_mmlu
-from lorasp.evaluation.mmlu import MmluEvaluation
+from lorasp.evaluation.mmlu import PREDICTIONS, MmluEvaluation
 from lorasp.evaluation.translation import TRANSLATIONS
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
@@ -133,6 +133,8 @@ def clear_run_directory(run_dir: Path, ranks: Ranks, init_from: str | None = Non
 
     To be called once the model is loaded: a run that is refused must not have cost the earlier one. init_from: an
     adapter there that this run starts from stays until its own takes the place, or its loss would be this run's too.
+    Predictions of an evaluation that was interrupted stay: it may be this one, which their first line tells
+    (evaluation/predictions.py).
     """
     if ranks.is_main:
         kept = None if init_from is None else Path(init_from).resolve()
@@ -143,6 +145,8 @@ def clear_run_directory(run_dir: Path, ranks: Ranks, init_from: str | None = Non
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        for path in (run_dir / PREDICTIONS).glob("*.jsonl"):
+            path.unlink()
 
 
 def find_model(recipe: Recipe, ranks: Ranks) -> Path:

@@ -31,7 +31,7 @@ class Diverged(RuntimeError):
         when = "after the update of" if after_update else "at"
         fault = f"the {what} became NaN or infinite {when} step {step}"
         if math.isfinite(loss):
-            fault = f"the loss became {loss:.4g} nats a token, above health.max_loss, {when} step {step}"
+            fault = f"the loss became {loss:.4g}, above health.max_loss, {when} step {step}"
         super().__init__(
             f"{fault}; lower training.learning_rate or training.max_grad_norm, or look at the data of that step"
         )
@@ -42,9 +42,9 @@ class Diverged(RuntimeError):
 class LogPoint:
     """What was measured over the optimizer steps since the last log point.
 
-    step: steps done; loss: mean cross entropy of a labelled token (nats) at the last of them; gradient_norm: before
-    clipping; step_seconds: mean wall time of a step; tokens a second over all ranks, real (of examples), computed
-    (real and dummies) and labelled. part_seconds: what of step_seconds this rank was at, by part: `data` (making
+    step: steps done; loss: a label's mean at the last of them, in the task's unit; gradient_norm: before clipping;
+    step_seconds: mean wall time of a step; tokens a second over all ranks, real (of examples), computed (real and
+    dummies) and labelled. part_seconds: what of step_seconds this rank was at, by part: `data` (making
     batches), `gather`, `reduce` and `optimizer` (see zero/engine.py), and `compute`, which is the rest.
     """
 
@@ -76,9 +76,9 @@ def train(
     with what that is; `on_step` and `on_log` come before that.
 
     The loss of a step is that of its global batch: the sum over all labelled tokens on all ranks and micro batches,
-    divided by their number N. Raises Diverged on all ranks at the same step, also for a loss above `max_loss`, nats a
-    token. What is called of `when`, and the caller afterwards, finds weights whose own loss was sound: a step's loss
-    is that of the weights before its update.
+    divided by their number N. Raises Diverged on all ranks at the same step, also for a loss above `max_loss`. What is
+    called of `when`, and the caller afterwards, finds weights whose own loss was sound: a step's loss is that of the
+    weights before its update.
     """
     unread: list[tuple[Tensor, Tensor]] = []  # (loss, gradient norm) on the device: reading one synchronises
     tokens_real = tokens_computed = labels = 0

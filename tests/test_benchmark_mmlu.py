@@ -1,9 +1,11 @@
 """What the MMLU benchmark calls agreement."""
 
 import importlib.util
+import sys
 
 import pytest
 
+from lorasp.recipe import RecipeError
 from tests.distributed.launching import ROOT
 
 _spec = importlib.util.spec_from_file_location("benchmark_mmlu", ROOT / "launch" / "benchmark_mmlu.py")
@@ -28,3 +30,9 @@ def test_another_choice_counts_where_the_best_two_differ_by_more():
 def test_other_questions_are_no_comparison():
     with pytest.raises(ValueError, match="1 questions were scored by one side only"):
         benchmark.compare({key: THEIRS[key] for key in [("a", 0), ("a", 1)]}, THEIRS)
+
+
+def test_what_failed_is_named_by_its_script_whatever_launches_it():
+    command = [sys.executable, "-c", "raise SystemExit('no room')", "--standalone", "launch/evaluate.py", "mmlu.yaml"]
+    with pytest.raises(RecipeError, match="^launch/evaluate.py failed:\nno room"):
+        benchmark._run(command, threads=1)

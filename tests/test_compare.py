@@ -222,6 +222,16 @@ def test_the_csv_has_the_numbers_and_nothing_where_there_is_none(tmp_path):
     assert lines[0]["mean"] == lines[0]["trained"] == "" and lines[0]["paper"] == "39.8"
 
 
+def test_a_loss_is_headed_with_its_tasks_unit(tmp_path):
+    for task in ("stsb", "mrpc"):
+        its = recipe(task=task, seed=0)
+        finished_run(tmp_path / task, its, reported=split("loss", 2.0) | {"majority": {}})
+    header, *_ = rows_of(format_groups(grouped(read_runs([tmp_path / "stsb"])[0])[0]))
+    assert "loss (squared error)" in header
+    header, *_ = rows_of(format_groups(grouped(read_runs([tmp_path])[0])[0]))
+    assert "loss (nats a row or squared error)" in header
+
+
 def test_any_runs_stand_side_by_side_by_the_settings_in_which_they_differ(tmp_path):
     for strategy in ("balanced", "uniform"):
         for seed, loss in enumerate((2.0, 2.5)):

@@ -27,6 +27,14 @@ def test_a_run_too_short_to_settle_has_none():
     assert drift([], []) == drift([1, 2, 3, 4], [(1,)] * 4) == drift([4, 5], [(1,), (2,)]) == []
 
 
+def test_a_resumed_run_settles_anew():
+    """Its first steps fill what the processes before it had held."""
+    steps, held = [101, 103, 105, 107], [(100 * MIB,), (200 * MIB,), (200 * MIB,), (201 * MIB,)]
+    [its] = drift(steps, held, resumed_at=100)
+    assert (its.from_step, its.most_at_step) == (105, 107) and not its.is_growing
+    assert drift(steps, held, resumed_at=102) == []
+
+
 def test_a_profilers_memory_is_not_the_runs():
     """From the step on that it records; a run that was profiled before it settled has no drift to tell."""
     steps, held = [5, 6, 7, 8], [(100 * MIB,), (101 * MIB,), (300 * MIB,), (300 * MIB,)]

@@ -71,6 +71,17 @@ def test_exact_match_counts_what_greedy_decoding_would_write(models, one_process
     assert score.exact_match == 0.5 and score.examples == 6
 
 
+def test_a_response_that_was_cut_is_no_match(models, one_process):
+    """Though each token that is left of it is right."""
+    ours, reference = models
+    examples = [
+        Example((*prompt, *decode(reference, prompt, 5)), len(prompt), cut=index in (0, 4))
+        for index, prompt in enumerate(prompts())
+    ]
+    score = score_held_out(ours, examples, 4, rank=0, world_size=1, device=CPU)
+    assert score.exact_match == 4 / 6 and score.examples == 6
+
+
 def test_held_out_loss_is_the_mean_over_response_tokens(models, one_process):
     ours, reference = models
     examples = [Example((*prompt, 7, 8, EOS), len(prompt)) for prompt in prompts()]

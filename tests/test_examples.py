@@ -133,7 +133,7 @@ def test_a_response_too_long_loses_its_end_and_eos_or_is_dropped_or_refused():
     assert encode(tokenizer, rows, "short", room, "error").truncated == 0
 
     cut = encode(tokenizer, rows, "short", room - 1, "truncate")  # by EOS alone
-    assert cut.examples == [fits, Example(long.input_ids[:-1], long.prompt_length)]
+    assert cut.examples == [fits, Example(long.input_ids[:-1], long.prompt_length, cut=True)]
     assert (cut.truncated, cut.dropped, cut.rows) == (1, 0, [0, 1])
     assert tokenizer.eos_token_id not in cut.examples[1].input_ids
 

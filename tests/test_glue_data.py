@@ -77,6 +77,19 @@ def test_each_task_is_read_in_its_archives_layout(tmp_path, task):
     assert list(data.scored) == (["reported", "reported_mismatched"] if task == "mnli" else ["reported"])
 
 
+def test_one_row_has_no_correlation_and_is_refused_before_it_is_trained_for(tmp_path):
+    root = write(tmp_path, "stsb")
+    path = root / GLUE["stsb"].directory / "dev.tsv"
+    more = "".join(f"{n}\tg\tf\ty\t1\tn\tn\toak\telm {n}\t{n}\n" for n in range(4))
+    path.with_name("train.tsv").write_text(f"{FILES['stsb'][0]}\n{more}")
+    assert refusal(root, "stsb", selection=0.2) == (
+        "data.selection: gives one row to score, and a correlation is of two or more; give more"
+    )
+    write(tmp_path, "stsb", FILES["stsb"][1][:1])
+    assert refusal(root, "stsb") == f"{path}: gives one row to score, and a correlation is of two or more; give more"
+    assert len(load(write(tmp_path, "rte", FILES["rte"][1][:1]), "rte").scored["reported"].rows) == 1  # an accuracy
+
+
 def test_a_quotation_mark_is_a_character_of_its_sentence(tmp_path):
     data = load(write(tmp_path, "sst2"), "sst2")
     assert data.train.rows[1].sentences == ('" not a tree ',)

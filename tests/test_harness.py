@@ -23,7 +23,7 @@ TASKS = {
         "doc_to_target": "answer",
         "num_fewshot": 2,
         "fewshot_split": "test",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}, {"metric": "f1"}],
     },
     "rolling": {
         "output_type": "loglikelihood_rolling",
@@ -118,14 +118,21 @@ def test_results_and_answers_are_those_of_the_harness_s_own_model(
 
 
 @pytest.mark.slow  # the harness reads all of its task files, 5 s each time
-def test_results_are_plain_data(directory, tasks, one_process):
+def test_results_are_plain_data_with_their_standard_errors(directory, tasks, one_process, monkeypatch):
     from lorasp.evaluation.harness import run_harness
 
+    monkeypatch.setattr("multiprocessing.Pool", lambda *_: pytest.fail("a rank must not fork"))
     settings = LmEval(tasks=["tiny_choices"], include_path=str(tasks), limit=5)
     found = run_harness(Unsharded(build(directory)), settings, AutoTokenizer.from_pretrained(directory), Alone())
     its = json.loads(json.dumps(found))["tasks"]["tiny_choices"]
-    assert set(its["metrics"]) == {"acc,none", "acc_norm,none"} and its["documents"] == 5
+    assert set(its["metrics"]) == {"acc,none", "acc_norm,none", "f1,none"} and its["documents"] == 5
     assert all(0 <= value <= 1 for value in its["metrics"].values())
+    errors = its["standard_errors"]
+    errors.pop("f1,none")  # bootstrapped
+    assert errors == {
+        metric: pytest.approx((its["metrics"][metric] * (1 - its["metrics"][metric]) / 4) ** 0.5)
+        for metric in ("acc,none", "acc_norm,none")
+    }
 
 
 @pytest.mark.slow  # the harness reads all of its task files, 5 s each time

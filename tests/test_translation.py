@@ -7,6 +7,8 @@ from transformers import T5ForConditionalGeneration
 
 from lorasp.evaluation.beam_search import BeamSearch, Decoding
 from lorasp.evaluation.translation import _dealt, one_line, score_translations, translate, write_batch
+from lorasp.recipe import Recipe
+from lorasp.tasks.translation import Translation
 from tests.test_evaluation import Unsharded
 from tests.test_t5 import build, padded, pairs
 from tests.tiny_models import EOS, save_model
@@ -131,3 +133,19 @@ def test_scores_are_those_of_the_libraries_called_directly():
 
 def test_a_translation_is_one_line():
     assert one_line(" a\r\nb\n") == "a b" and one_line("a  b") == "a  b"
+
+
+def test_the_test_set_keeps_each_of_its_lines(tmp_path):
+    """Empty ones too, which training drops: translations.txt has the same lines, and sacrebleu scores them."""
+    directory = save_model("t5", tmp_path / "t5")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.source").write_text("one\n\nthree\nfour\n")
+        (tmp_path / f"{split}.target").write_text("unu\ndoi\n\npatru\n")
+    settings = {"task": "wmt16_en_ro", "model": {"path": str(directory)}, "data": {"train": str(tmp_path)}}
+    recipe = Recipe(**settings, translation={"test": {"path": str(tmp_path), "split": "test"}})
+    data = Translation(recipe).read_data(directory)
+    assert len(data.train.examples) == 2 and data.report()["train"]["dropped_empty"] == 2
+    assert data.references() == ["unu", "doi", "", "patru"] and len(data.sources()) == 4
+    assert data.report()["test"]["dropped_empty"] == 0
+    written = ["unu", "doi doi", "trei", "patru"]
+    assert score_translations(written, data.references()).sentences == 4

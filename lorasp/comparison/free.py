@@ -12,6 +12,7 @@ from lorasp.comparison.summary import Seeds, Value
 from lorasp.comparison.tables import MISSING, format_value
 from lorasp.memory import gib, mib
 from lorasp.reporting.markdown import table
+from lorasp.reporting.report_text import loss_unit
 
 _PLACES = {"held_out_loss": 4}  # of a score's mean and deviation; 2 of others
 
@@ -56,7 +57,7 @@ def score_names(groups: Sequence[Group]) -> list[str]:
 def format_groups(groups: Sequence[Group]) -> str:
     """Markdown."""
     keys, names = list(groups[0].settings), score_names(groups)
-    header = [*keys, "seeds", *(_header(name) for name in names), "trained", "optimizer (MiB)"]
+    header = [*keys, "seeds", *(_header(name, groups) for name in names), "trained", "optimizer (MiB)"]
     header += [f"peak of {phase} (GiB)" for phase in PHASES] + ["tokens/s"]
     lines = []
     for group in groups:
@@ -81,8 +82,12 @@ def format_groups(groups: Sequence[Group]) -> str:
     return "\n\n".join([table(header, lines, alignment), note])
 
 
-def _header(name: str) -> str:
-    return f"{name.replace('_', ' ')} (nats a token)" if name.endswith("loss") else f"{name.replace('_', ' ')} (%)"
+def _header(name: str, groups: Sequence[Group]) -> str:
+    unit = "%"
+    if name.endswith("loss"):
+        runs = (run for group in groups for run in group.runs if name in run.scores)
+        unit = " or ".join(dict.fromkeys(loss_unit(run.report["recipe"]) for run in runs))
+    return f"{name.replace('_', ' ')} ({unit})"
 
 
 def _cell(key: str, value: Any) -> str:

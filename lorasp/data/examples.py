@@ -31,12 +31,13 @@ class Example:
     """One tokenized row. Labels are predicted from the position before them.
 
     They are `input_ids[prompt_length:]` but for `unlabelled`: later turns that are not the assistant's, as half-open
-    ranges in order, none of them at the end.
+    ranges in order, none of them at the end. cut: whether labels behind them were cut off, the end of sequence too.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int  # at least 1: the first token has no position before it, so it cannot be a label
     unlabelled: tuple[tuple[int, int], ...] = ()
+    cut: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length <= len(self.input_ids):
@@ -140,7 +141,7 @@ def _example(input_ids: tuple[int, ...], labels: list[list[int]], max_length: in
     """labels: half-open ranges in order, of which the first begins before `max_length`."""
     kept = [(start, min(stop, max_length)) for start, stop in labels if start < max_length]
     gaps = tuple((stop, start) for (_, stop), (start, _) in pairwise(kept) if stop < start)
-    return Example(input_ids[: max(kept[-1][1], kept[0][0])], kept[0][0], gaps)
+    return Example(input_ids[: max(kept[-1][1], kept[0][0])], kept[0][0], gaps, cut=labels[-1][1] > max_length)
 
 
 def _tokens_before_a_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

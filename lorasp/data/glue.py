@@ -196,6 +196,10 @@ def load_glue(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, tells_sente
     train = encoded(source, rows, *rest)
     for name, file, split in task.dev:
         scored[name] = encoded(*read(task, recipe, file, split))
+    for name, its in scored.items():
+        if task.is_regression and len(its.rows) < 2:
+            where = "data.selection" if name == "selection" else its.source
+            raise RecipeError(f"{where}: gives one row to score, and a correlation is of two or more; give more")
     return GlueData(recipe.task, train, scored, tokenizer)
 
 

@@ -25,7 +25,8 @@ _ENCODED_AT_ONCE = 1000  # sentences
 def read_pairs(source: Source, *, empty_output: str) -> Rows:
     """The pairs of `source`, rows {"source", "target"}; its `limit` is counted before empty ones are dropped.
 
-    empty_output ("drop" or "error"): of a pair of which either side is empty. Raises RecipeError naming file and line.
+    empty_output ("drop", "error" or "keep"): of a pair of which either side is empty. Raises RecipeError naming
+    file and line.
     """
     directory = Path(source.path)
     if directory.is_dir():
@@ -46,15 +47,17 @@ def read_pairs(source: Source, *, empty_output: str) -> Rows:
             f"{name}: {len(empty):,} pair{'s have' if len(empty) > 1 else ' has'} an empty side ({places} {numbers}); "
             f"fill them in, or set data.empty_output=drop to leave them out"
         )
-    kept = [(number, pair) for number, pair in placed if all(side.strip() for side in pair)]
-    if not kept:
+    if len(empty) == len(placed):
         raise RecipeError(f"{name}: has no pair with text on both sides")
+    kept = placed
+    if empty_output != "keep":
+        kept = [(number, pair) for number, pair in placed if all(side.strip() for side in pair)]
     return Rows(
         layout="pairs",
         rows=[{"source": pair[0], "target": pair[1]} for _, pair in kept],
         places=[f"{places} {number}" for number, _ in kept],
         source=name,
-        dropped_empty=len(empty),
+        dropped_empty=len(placed) - len(kept),
         commit=commit,
     )
 
@@ -124,6 +127,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, data: Rows, max_length: int
     )
     for row, (source, target) in enumerate(sides):
         source, target = (*source, eos), (*target, eos)
+        cut = len(target) > max_length
         if max(len(source), len(target)) > max_length:
             over.append((row, max(len(source), len(target))))
             if too_long != "truncate":
@@ -131,7 +135,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, data: Rows, max_length: int
             if len(source) > max_length:
                 source = (*source[: max_length - 1], eos)
             target = target[:max_length]
-        examples.append(Example(source + target, prompt_length=len(source)))
+        examples.append(Example(source + target, prompt_length=len(source), cut=cut))
         rows.append(row)
     if over and too_long == "error":
         first, tokens = over[0]

@@ -41,7 +41,7 @@ def _spearman(labels: Values, predictions: Values) -> float:
     return spearmanr(labels, predictions).statistic
 
 
-# scikit-learn and scipy.stats take seconds to import, which a run waits for at its first score only.
+# scikit-learn and scipy.stats take seconds to import, which only a run that scores with them waits for.
 _METRICS: dict[str, Callable[[Values, Values], float]] = {
     "matthews": _matthews,
     "accuracy": _accuracy,

@@ -18,7 +18,8 @@ class HeldOutScore:
 
     An example matches when every token of its response, the end of sequence included, is the model's first choice
     given the true tokens before it. That is when greedy decoding writes exactly that response: by induction, as long
-    as all choices were right, the true tokens before it are the ones it wrote itself.
+    as all choices were right, the true tokens before it are the ones it wrote itself. A response that was cut to fit
+    data.max_length has lost its end, and is no match.
     """
 
     loss: float
@@ -67,7 +68,8 @@ def score_held_out(
     for batch in evaluation_batches(examples, micro_batch_size, rank, world_size, collate):
         before_batch()
         losses, correct = engine(**batch.model_inputs(device), score=True)
-        right = [part.all() for part in correct.split(batch.label_counts) if part.numel()]
+        parts = zip(batch.rows, correct.split(batch.label_counts), strict=True)
+        right = [part.all() & (not examples[row].cut) for row, part in parts if part.numel()]
         totals[0] += losses.sum()
         totals[1] += sum(right)
         totals[2] += len(right)

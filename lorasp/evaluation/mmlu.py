@@ -20,6 +20,8 @@ from lorasp.recipe import Mmlu
 from lorasp.zero.engine import Engine
 from lorasp.zero.launch import Ranks
 
+PREDICTIONS = "mmlu"  # in the run's directory: a file of Predictions for each step that was scored
+
 
 @dataclass(frozen=True)
 class MmluScore:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_SETTLED = 5  # steps, after which a run holds all that it needs
+_SETTLED = 5  # steps of a process, after which it holds all that it needs
 _TOLERATED = 0.03
 _SLACK_BYTES = 2**24  # a Python process grows by some MiB whatever it does
 
@@ -28,16 +28,22 @@ class Drift:
         return self.share > _TOLERATED and self.most_bytes - self.held_bytes > _SLACK_BYTES
 
 
-def drift(steps: Sequence[int], held_bytes: Sequence[Sequence[int]], profiled_from: int | None = None) -> list[Drift]:
+def drift(
+    steps: Sequence[int],
+    held_bytes: Sequence[Sequence[int]],
+    *,
+    resumed_at: int = 0,
+    profiled_from: int | None = None,
+) -> list[Drift]:
     """Each rank's, from what the ranks held after each of `steps`; empty for a run that ended before it settled.
 
-    profiled_from: the step from which on a rank holds a profiler's events too, which are not the run's: only steps
-    before it count.
+    resumed_at: the step after which these processes began, with memory that had to settle anew. profiled_from: the
+    step from which on a rank holds a profiler's events too, which are not the run's: only steps before it count.
     """
     if profiled_from is not None:
         steps = [step for step in steps if step < profiled_from]
         held_bytes = held_bytes[: len(steps)]
-    settled = next((index for index, step in enumerate(steps) if step >= _SETTLED), len(steps))
+    settled = next((index for index, step in enumerate(steps) if step - resumed_at >= _SETTLED), len(steps))
     if settled >= len(steps) - 1:
         return []
     found = []

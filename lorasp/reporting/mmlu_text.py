@@ -65,8 +65,8 @@ def mmlu_rows(mmlu: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 
 def mmlu_note(mmlu: Mapping[str, Any]) -> str:
-    """What was asked, and the paper's figure."""
-    asked, paper = mmlu["asked"], mmlu["paper"]
+    """What was asked, and the paper's figure, but of an evaluation without an adapter."""
+    asked = mmlu["asked"]
     over_long = {"tokens": "tokens from the left", "shots": "their last shots"}[asked["truncate"]]
     told = (
         f"{asked['shots']} shots of the dev split; {asked['questions']:,} questions of the {asked['split']} split in "
@@ -74,6 +74,9 @@ def mmlu_note(mmlu: Mapping[str, Any]) -> str:
         f"{asked['prompt']}; prompts longer than {asked['max_length']:,} tokens lose {over_long}. Chance is 25 %. "
         f"Intervals are Wilson's; of a mean of subjects, 1.96 standard errors."
     )
+    if "paper" not in mmlu:
+        return told
+    paper = mmlu["paper"]
     if paper is None:
         return f"{told} The paper (Table 3) has no figure for this model."
     return f"{told} The paper (Table 3) has {100 * paper['accuracy']:.1f} % for {paper['model']} by this method."

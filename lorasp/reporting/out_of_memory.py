@@ -47,10 +47,14 @@ def describe_out_of_memory(
     peaks: Mapping[str, PhasePeak],
     held: Mapping[str, int],
     task: str | None = None,
+    *,
+    world_size: int = 1,
+    policy: str | None = None,
 ) -> str:
     """What happened where, this rank's peaks by phase, what it held (bytes by part), and what to change.
 
-    task: what of the phase it was, where a phase has several.
+    task: what of the phase it was, where a phase has several. policy: the activation policy in force, where a model
+    has not the recipe's.
     """
     said = str(error).strip().splitlines() or [type(error).__name__]
     reason = next((line for line in said if any(mark in line for mark in _SAID)), said[0]).strip()
@@ -61,33 +65,39 @@ def describe_out_of_memory(
     if held:
         parts = ", ".join(f"{part.replace('_', ' ')} {size / 2**20:.1f} MiB" for part, size in held.items())
         lines.append(f"held between steps: {parts}")
-    return "\n".join([*lines, "to fit, in this order:", *(f"  - {advice}" for advice in _advice(phase, task, recipe))])
+    policy = policy or recipe.training.activation_checkpointing
+    advice = _advice(phase, task, recipe, world_size, policy)
+    return "\n".join([*lines, "to fit, in this order:", *(f"  - {its}" for its in advice)])
 
 
-def _advice(phase: str, task: str | None, recipe: Recipe) -> Iterator[str]:
+def _advice(phase: str, task: str | None, recipe: Recipe, world_size: int, policy: str) -> Iterator[str]:
+    """Settings that keep less here, none of which the recipe's check refuses."""
     training, evaluation = recipe.training, recipe.evaluation
     if task == ANSWERING:
         if evaluation.samples > 1:
             yield f"evaluation.samples={evaluation.samples // 2} (now {evaluation.samples}): all are answered at once"
         if evaluation.max_new_tokens > 1:
             yield f"evaluation.max_new_tokens={evaluation.max_new_tokens // 2} (now {evaluation.max_new_tokens})"
-    elif phase.endswith("evaluate") and evaluation.micro_batch_size > 1:
-        yield f"evaluation.micro_batch_size={evaluation.micro_batch_size // 2} (now {evaluation.micro_batch_size})"
+    elif phase.endswith("evaluate"):
+        if evaluation.micro_batch_size > 1:
+            yield f"evaluation.micro_batch_size={evaluation.micro_batch_size // 2} (now {evaluation.micro_batch_size})"
+        beams = recipe.translation.beams
+        if recipe.translation.test is not None and beams > 1:
+            yield f"translation.beams={beams // 2} (now {beams}): of each sentence so many translations are kept"
     for section in ("mmlu", "lm_eval"):
         tokens = getattr(recipe, section).tokens
         if phase.endswith(section) and tokens > 1:
             yield f"{section}.tokens={tokens // 2} (now {tokens}): those of a forward pass"
     if "train" in phase:
-        leaner = _LEANER.get(training.activation_checkpointing)
-        if leaner is not None:
+        leaner = _LEANER.get(policy)
+        if leaner is not None and not (leaner == "layer" and training.offload_activations):
+            yield f"training.activation_checkpointing={leaner} keeps less of each layer for backward (now {policy})"
+        of_a_rank = training.global_batch_size // world_size
+        fitting = [size for size in range(1, training.micro_batch_size) if of_a_rank % size == 0]
+        if fitting:
             yield (
-                f"training.activation_checkpointing={leaner} keeps less of each layer for backward "
-                f"(now {training.activation_checkpointing})"
-            )
-        if training.micro_batch_size > 1:
-            yield (
-                f"training.micro_batch_size={training.micro_batch_size // 2} (now {training.micro_batch_size}); "
-                f"accumulation keeps the global batch and its loss"
+                f"training.micro_batch_size={fitting[-1]} (now {training.micro_batch_size}); accumulation keeps the "
+                f"global batch and its loss"
             )
     if phase.endswith("save"):
         if recipe.method != "full":

@@ -28,7 +28,6 @@ _HISTORY_ROWS = 10
 _UNITS = (
     ("exact_match", "%", 100.0),
     ("accuracy", "%", 100.0),
-    ("loss", "nats a token", 1.0),
     ("tokens_per_second", "tokens/s", 1.0),
     ("seconds", "s", 1.0),
     ("gib", "GiB", 1.0),
@@ -60,26 +59,37 @@ def render_markdown(report: Mapping[str, Any], plots: Mapping[str, PurePath] | N
     sections = [
         f"# {report['name']}: {_headline(report)}",
         _method_line(report),
-        _parameters_line(report["parameters"]),
+        "" if _is_evaluation(report) else _parameters_line(report["parameters"]),
     ]
     if report["status"] != "finished":
         sections.insert(
             1, f"**The run {_inline(' '.join(report['status'].split()))}.** What follows is what it reached."
         )
-    sections += _metrics_section(report["metrics"], loss_unit(report["recipe"]))
+    sections += _metrics_section(report)
     sections += _splits_section(report)
     sections += _translations_section(report.get("reported", {}))
     sections.append(pictures.get("loss", ""))
     sections += _mmlu_section(report.get("mmlu"))
     sections += _lm_eval_section(report.get("lm_eval"))
-    sections += _samples_section(report["samples"])
+    sections += _samples_section(report)
     sections += _memory_section(report, pictures)
     sections += _throughput_section(report["throughput"])
     sections.append(pictures.get("throughput", ""))
-    sections += _history_section(report["history"])
+    sections += _history_section(report["history"], loss_unit(report["recipe"]))
     sections += _data_section(report["data"])
     sections += _origin_section(report)
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _is_evaluation(report: Mapping[str, Any]) -> bool:
+    """Whether nothing was trained: it scored a model that was there."""
+    return "train" not in report["phases"]
+
+
+def _held_out_loss(report: Mapping[str, Any]) -> str:
+    """What `held_out_loss` is called: a classifier's is the selection rows' where it has some, its score is not."""
+    is_of_others = "selection" in report and "majority" in report["selection"]
+    return "loss of the selection rows" if is_of_others else "held-out loss"
 
 
 def _headline(report: Mapping[str, Any]) -> str:
@@ -87,27 +97,34 @@ def _headline(report: Mapping[str, Any]) -> str:
     parts = []
     for name, text, scale, places, unit in (
         ("exact_match", "held-out exact match", 100, 1, " %"),
-        ("held_out_loss", "held-out loss", 1, 3, ""),
+        ("held_out_loss", _held_out_loss(report), 1, 3, ""),
     ):
-        before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
+        before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after", metrics.get(name))
         if after is not None:
             values = (f"{value * scale:.{places}f}{unit}" for value in (before, after) if value is not None)
             parts.append(f"{text} {' → '.join(values)}")
     reported = report.get("reported", {})
     if "majority" in reported:
         name = reported["metric"]
-        values = (f"{metrics[key]:.3f}" for key in (f"{name}_before", f"{name}_after") if metrics.get(key) is not None)
+        keys = (f"{name}_before", f"{name}_after", name)
+        values = (f"{metrics[key]:.3f}" for key in keys if metrics.get(key) is not None)
         parts.insert(0, f"{name} {' → '.join(values)}")
     return ", ".join(parts) or report["status"].partition(":")[0]
 
 
 def _method_line(report: Mapping[str, Any]) -> str:
-    recipe = report["recipe"]
-    parts = []
-    if recipe["method"] != "full":
+    recipe, parts = report["recipe"], []
+    what, model = f"**{_METHODS[recipe['method']]}**", f"`{recipe['model']['path']}`"
+    has_adapter = recipe["method"] != "full"
+    if _is_evaluation(report):
+        start = recipe["adapter"]["init_from"]
+        what, has_adapter = "**Evaluation**", start is not None
+        if has_adapter:
+            model += f" with the {_METHODS[recipe['method']]} adapter of `{start}`"
+    if has_adapter:
         adapter = recipe["adapter"]
         parts.append(f"rank {adapter['rank']}, alpha {adapter['alpha']:g}")
-    if recipe["method"] == "lorasp":
+    if has_adapter and recipe["method"] == "lorasp":
         selection = recipe["selection"]
         parts.append(f"{selection['strategy']} selection of {selection['fraction']:g} of the entries")
     quantization = recipe["quantization"]
@@ -118,7 +135,7 @@ def _method_line(report: Mapping[str, Any]) -> str:
         parts.append(f"base in {quantization['format'].upper()}{double}")
     ranks = "1 rank" if report["world_size"] == 1 else f"{report['world_size']} ranks"
     parts.append(f"{ranks} on {_inline(report['device'])}")
-    return f"**{_METHODS[recipe['method']]}** of `{recipe['model']['path']}`: {'; '.join(parts)}."
+    return f"{what} of {model}: {'; '.join(parts)}."
 
 
 def _parameters_line(parameters: Mapping[str, int]) -> str:
@@ -162,7 +179,9 @@ def _splits_section(report: Mapping[str, Any]) -> list[str]:
     return ["## Scores", told, table(("rows", "metric", "score", "majority's", "count"), rows, "llrrr")]
 
 
-def _metrics_section(metrics: Mapping[str, float | None], loss_unit: str) -> list[str]:
+def _metrics_section(report: Mapping[str, Any]) -> list[str]:
+    metrics, unit = report["metrics"], loss_unit(report["recipe"])
+    header = ("metric", "value") if _is_evaluation(report) else ("metric", "before training", "after training")
     names = dict.fromkeys(name.removesuffix("_before").removesuffix("_after") for name in metrics)
     rows = []
     for name in names:
@@ -170,11 +189,12 @@ def _metrics_section(metrics: Mapping[str, float | None], loss_unit: str) -> lis
             before, after = metrics.get(f"{name}_before"), metrics.get(f"{name}_after")
         else:
             before, after = None, metrics[name]
-        label, scale = _label(name)
-        label = label.replace("nats a token", loss_unit)
-        cells = ("–" if value is None else _number(value * scale) for value in (before, after))
-        rows.append((label, *cells))
-    return ["## Results", table(("metric", "before training", "after training"), rows, "lrr")] if rows else []
+        label, scale = _label(name, unit)
+        if name == "held_out_loss":
+            label = label.replace(_words(name), _held_out_loss(report))
+        cells = ["–" if value is None else _number(value * scale) for value in (before, after)]
+        rows.append((label, *cells[-len(header) + 1 :]))
+    return ["## Results", table(header, rows, "lrr"[: len(header)])] if rows else []
 
 
 def _translations_section(reported: Mapping[str, Any]) -> list[str]:
@@ -211,12 +231,16 @@ def _lm_eval_section(results: Mapping[str, Any] | None) -> list[str]:
     return [f"## lm-evaluation-harness {results['version']}", table(header, rows, "llrr")]
 
 
-def _samples_section(samples: Sequence[Mapping[str, str]]) -> list[str]:
+def _samples_section(report: Mapping[str, Any]) -> list[str]:
+    samples = report["samples"]
     if not samples:
         return []
-    header = ("prompt", "expected", "before training", "after training")
-    rows = [[_cell(sample.get(key, "")) for key in ("prompt", "expected", "before", "after")] for sample in samples]
-    return ["## Sample answers", table(header, rows, "llll")]
+    keys = {"prompt": "prompt", "expected": "expected"}
+    keys |= (
+        {"answer": "answer"} if _is_evaluation(report) else {"before": "before training", "after": "after training"}
+    )
+    rows = [[_cell(sample.get(key, "")) for key in keys] for sample in samples]
+    return ["## Sample answers", table(tuple(keys.values()), rows, "l" * len(keys))]
 
 
 def _memory_section(report: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
@@ -307,7 +331,7 @@ def _throughput_section(throughput: Mapping[str, Any]) -> list[str]:
     return sections
 
 
-def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
+def _history_section(history: Sequence[Mapping[str, float]], loss_unit: str) -> list[str]:
     if not history:
         return []
     count = min(len(history), _HISTORY_ROWS)
@@ -315,7 +339,7 @@ def _history_section(history: Sequence[Mapping[str, float]]) -> list[str]:
     chosen = [history[round(i * last / max(1, count - 1))] for i in range(count)]
     # The ranks' memory curves would need a column each; TensorBoard has them.
     names = [name for name in dict.fromkeys(n for row in history for n in row) if not name.startswith("memory/")]
-    labels = {name: _label(name) for name in names}
+    labels = {name: _label(name, loss_unit) for name in names}
     rows = []
     for row in chosen:
         values = ((row.get(name), labels[name][1]) for name in names)
@@ -368,9 +392,9 @@ def _words(name: str) -> str:
     return name.replace("held_out", "held-out").replace("_", " ").replace("/", " ")
 
 
-def _label(name: str) -> tuple[str, float]:
+def _label(name: str, loss_unit: str) -> tuple[str, float]:
     """The header of a number named `name`, with its unit, and the factor to that unit."""
-    for ending, unit, scale in _UNITS:
+    for ending, unit, scale in (("loss", loss_unit, 1.0), *_UNITS):
         if name.endswith(ending):
             return f"{_words(name)} ({unit})", scale
     return _words(name), 1.0

@@ -27,6 +27,7 @@ from lorasp.reporting.report_text import format_peaks
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
 from lorasp.reporting.tensorboard import memory_scalars, part_scalars
 from lorasp.reporting.trackers import Trackers, check_trackers
+from lorasp.tasks import task_of
 from lorasp.tasks.base import Score
 from lorasp.trainer import Diverged, LogPoint
 from lorasp.whole_files import write_text_whole
@@ -38,14 +39,18 @@ FIRST_STEP = "train_first_step"
 class RunLog:
     """One a rank. Rank 0 talks and writes; methods marked collective gather from all ranks and must run on each."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, run_dir: Path) -> None:
-        self._recipe, self._ranks, self._run_dir = recipe, ranks, run_dir
+    def __init__(self, recipe: Recipe, ranks: Ranks, run_dir: Path, *, trains: bool = True) -> None:
+        """trains: False of an evaluation, whose scores are of no time before or after training."""
+        self._recipe, self._ranks, self._run_dir, self._trains = recipe, ranks, run_dir, trains
         self.console = Console(ranks.is_main)
         check_trackers(recipe.tracking.with_)
-        # Before the meter: importing TensorBoard is no part of the run's memory.
+        # Of all ranks at once, before rank 0 alone loads trackers: their curves share one axis.
+        ranks.accelerator.wait_for_everyone()
+        self._started = time.perf_counter()
+        # Before the meter: what TensorBoard and the scorers take to be imported is no part of the run's memory.
+        task_of(recipe).load_scorers()
         self._trackers = Trackers(recipe, run_dir, ranks.world_size, is_main=ranks.is_main, warn=self.console.warn)
         self._meter = MemoryMeter(ranks.device)
-        self._started = time.perf_counter()
         self._phases = [""]  # that are open, the innermost last
         self._timeline: dict[str, list] = {"seconds": [], "phase": [], "now_bytes": [], "peak_bytes": []}
         self._count_held: Callable[[], dict[str, int]] = dict
@@ -60,8 +65,10 @@ class RunLog:
         self._mmlu: list[dict[str, Any]] = []
         self._mmlu_asked: dict[str, Any] = {}
         self._lm_eval: dict[str, Any] | None = None
-        self._before = 0  # log points of the run before it was resumed: those of this process come after
+        # Of the run before it was resumed: its log points, and its steps. Those of this process come after.
+        self._before = self._resumed_at = 0
         self._progress = None
+        self._policy: str | None = None  # of activations, in force
 
     def planned(self, plan: Plan) -> None:
         """Tells the plan, and keeps it for the report, beside what will be measured."""
@@ -88,7 +95,15 @@ class RunLog:
                 raise
             raise RecipeError(
                 describe_out_of_memory(
-                    error, name, self._recipe, self._ranks.rank, self._meter.peaks, self._count_held(), task
+                    error,
+                    name,
+                    self._recipe,
+                    self._ranks.rank,
+                    self._meter.peaks,
+                    self._count_held(),
+                    task,
+                    world_size=self._ranks.world_size,
+                    policy=self._policy,
                 )
             ) from error
         self._held[name] = self._count_held()
@@ -134,6 +149,7 @@ class RunLog:
 
     def recomputes(self, config: PreTrainedConfig, dtype: torch.dtype, policy: str, fallback: str | None) -> None:
         """Tells the activation policy in force, what it keeps, and why it is not the one asked for (`fallback`)."""
+        self._policy = policy
         if fallback:
             asked = self._recipe.training.activation_checkpointing
             self.console.warn(f"activation_checkpointing={asked} is {policy} here: {fallback}")
@@ -148,15 +164,16 @@ class RunLog:
     def state(self, samples: list[dict[str, str]]) -> dict[str, Any]:
         """What a run that goes on needs for its report, plain data."""
         log = {"history": self._history, "scores": self._scores, "metrics": self._metrics, "samples": samples}
-        log |= {"mmlu": self._mmlu}
+        log |= {"mmlu": self._mmlu, "mmlu_asked": self._mmlu_asked}
         return copy.deepcopy(log)  # it is written while training goes on
 
     def resume(self, log: Mapping[str, Any], step: int, world_size: int) -> None:
         """Goes on after `step` with what `state` gave there. world_size: of that part of the run."""
         self._history, self._scores = list(log["history"]), list(log["scores"])
-        self._mmlu = list(log.get("mmlu", []))
+        # Checkpoints of older versions have only some of it.
+        self._mmlu, self._mmlu_asked = list(log.get("mmlu", [])), dict(log.get("mmlu_asked", {}))
         self._metrics = {**log["metrics"], **self._metrics}
-        self._before = len(self._history)
+        self._before, self._resumed_at = len(self._history), step
         self._trackers.resume(step)
         self.console.info(f"resumed after step {step} of {world_size} rank(s)")
 
@@ -228,17 +245,20 @@ class RunLog:
         self._metrics["final_train_loss"] = point.loss
 
     def scored(self, step: int, score: Score) -> None:
-        """A score of what is held out; that of step 0 is the untrained model's."""
-        when = "after" if step else "before"
-        self._metrics |= {f"{name}_{when}": value for name, value in score.numbers.items()}
+        """A score of what is held out; that of step 0 is the untrained model's, where it trains."""
+        self._keep(step, score.numbers)
         self._scores.append({"step": step, **score.numbers})
-        if step:
+        if step or not self._trains:
             self._splits = {name: dict(split) for name, split in score.splits.items()}
         self._trackers.scalars(step, {f"evaluate/{name}": value for name, value in score.numbers.items()})
         for name, text in score.files.items():
             if self._ranks.is_main:
                 write_text_whole(self._run_dir / name, text)
         self.console.info(f"held out, step {step}: {score.told}")
+
+    def _keep(self, step: int, numbers: Mapping[str, float]) -> None:
+        when = ("_after" if step else "_before") if self._trains else ""
+        self._metrics |= {f"{name}{when}": value for name, value in numbers.items()}
 
     def mmlu_scored(
         self, step: int, evaluation: MmluEvaluation, score: MmluScore, config: PreTrainedConfig, *, whole: bool
@@ -247,11 +267,11 @@ class RunLog:
         values = {"step": step, **score.to_dict()}
         self._mmlu = [its for its in self._mmlu if its["step"] != step] + [values]  # a resumed run scores it again
         if whole:
-            self._metrics[f"mmlu_accuracy_{'after' if step else 'before'}"] = score.micro.accuracy
-            self._mmlu_asked = {
-                "asked": evaluation.report(),
-                "paper": paper_figure(config, self._recipe.method),
-            }
+            self._keep(step, {"mmlu_accuracy": score.micro.accuracy})
+        if whole or not self._mmlu_asked:  # a run that is stopped may have asked some of them only
+            self._mmlu_asked = {"asked": evaluation.report()}
+            if self._trains or self._recipe.adapter.init_from is not None:  # else no method was at work
+                self._mmlu_asked["paper"] = paper_figure(config, self._recipe.method)
         self._trackers.scalars(
             step,
             {"evaluate/mmlu_accuracy": score.micro.accuracy, "evaluate/mmlu_accuracy_macro": score.macro.accuracy},
@@ -287,7 +307,9 @@ class RunLog:
         if not self._ranks.is_main:
             return
         steps = [row["step"] for row in self._history[self._before :]]
-        drifts = drift(steps, self._held_now, profiled_from=self._recipe.profile.first_step)
+        drifts = drift(
+            steps, self._held_now, resumed_at=self._resumed_at, profiled_from=self._recipe.profile.first_step
+        )
         for its in drifts:
             if its.is_growing:
                 self.console.warn(

@@ -1,7 +1,8 @@
 """The report of a run: `report.json` for programs, `report.md` for people, both from the same plain data.
 
 Every number in it was measured or counted; what is a remainder (`workspace`) is called one. In `report.json` sizes are
-bytes, durations seconds, losses nats a token, exact match a share from 0 to 1; a number that isn't finite is null.
+bytes, durations seconds, losses in the task's unit (report_text.loss_unit), exact match a share from 0 to 1; a number
+that isn't finite is null.
 """
 
 import json
@@ -84,9 +85,9 @@ def build_report(
     `optimizer_state_bytes` (all ranks together). `ranks`: each rank's `rank_phases`, in rank order. `throughput`:
     `real_tokens_per_second`, `computed_tokens_per_second`, `step_seconds_median`, `mfu` (see accounting.py) and
     `ranks`, the seconds of a step by part on each (see trainer.LogPoint): `rank`, `data`, `gather` … `metrics`: pairs
-    `*_before` and `*_after`, and single numbers. `samples`: `prompt`, `expected`, `before`, `after`. `history`: a row
-    for each log point. `status`: "finished", or "stopped: " and the reason; a stopped run leaves empty what it didn't
-    reach.
+    `*_before` and `*_after`, and single numbers, as all are of an evaluation. `samples`: `prompt`, `expected`,
+    `before`, `after`; of an evaluation `answer`. `history`: a row for each log point. `status`: "finished", or
+    "stopped: " and the reason; a stopped run leaves empty what it didn't reach.
     `timeline`: for each rank its `rank` and, one entry a measurement, `seconds` since the start, `phase` ("" between
     phases), `now_bytes` and `peak_bytes` of the phase so far, both above the baseline. `scores`: `step`,
     `held_out_loss` and what else the task scores, of each evaluation. `splits`: the last of them split by split, as
@@ -94,8 +95,8 @@ def build_report(
     `planned`: the bytes that the worst rank's tensors were to hold at a phase's peak, by part (planning.py). `drift`:
     of each rank, as reporting/drift.py has it, with its `share`; none of a run that was too short for any. `hosts`:
     the name of each rank's machine. `mmlu`: what was `asked`, the `scores` (an `MmluScore` and its `step` each) and
-    the `paper`'s figure. `lm_eval`: what `evaluation.harness.run_harness` gives.
-    `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
+    the `paper`'s figure, but of an evaluation without an adapter. `lm_eval`: what `evaluation.harness.run_harness`
+    gives. `command` and `versions` default to this process's. `model_commit`: of a base from the hub.
     """
     return {
         "name": recipe["name"],

@@ -22,13 +22,22 @@ class TensorBoard:
     """Writes one event file under `log_dir`, from the first number on.
 
     Tags in use: `train/loss`, `train/learning_rate`, `train/gradient_norm`, `throughput/real_tokens_per_second`,
-    `throughput/computed_tokens_per_second`, `throughput/step_seconds`, `throughput/mfu`, `evaluate/held_out_loss`,
-    `evaluate/exact_match`, and those of `memory_scalars` and `part_scalars`. The CUSTOM SCALARS tab shows all ranks'
+    `throughput/computed_tokens_per_second`, `throughput/step_seconds`, `throughput/mfu`, those of `memory_scalars` and
+    `part_scalars`, and `evaluate/NAME` of each number that the task scores: `held_out_loss`; `exact_match` of texts;
+    `bleu`, `rouge1`, `rouge2` and `rougeL` of translations; of a GLUE task its metrics (`accuracy`, `f1`, `matthews`,
+    `pearson`, `spearman`), with `selection_` or `mismatched_` before those of other rows; `mmlu_accuracy` and
+    `mmlu_accuracy_macro`. The CUSTOM SCALARS tab shows all ranks'
     memory in one chart, and their seconds in each part of a step; HPARAMS compares runs by their settings.
     """
 
-    def __init__(self, log_dir: str | Path, world_size: int, settings: Mapping[str, str | float] | None = None):
-        """settings: by dotted name; shown in the HPARAMS tab."""
+    def __init__(
+        self,
+        log_dir: str | Path,
+        world_size: int,
+        settings: Mapping[str, str | float] | None = None,
+        loss_unit: str = "nats a token",
+    ):
+        """settings: by dotted name; shown in the HPARAMS tab. loss_unit: in the title of the losses' chart."""
         # Imported here, and not with the first curve: it costs a second and much memory, which a run without
         # TensorBoard, or another rank, need not pay, and which is to be over before anything is measured.
         from torch.utils.tensorboard import SummaryWriter, summary
@@ -36,7 +45,7 @@ class TensorBoard:
         self._make_writer = partial(SummaryWriter, str(log_dir), flush_secs=15)
         self._writer: SummaryWriter | None = None
         self.resumed_at: int | None = None  # a step: points of later ones, in files from before, are hidden
-        self._layout = _layout(world_size)
+        self._layout = _layout(world_size, loss_unit)
         # SummaryWriter.add_hparams would put them into a second run, without curves, beside this one.
         *self._session_start, self._session_end = summary.hparams(dict(settings or {}), dict.fromkeys(_COMPARED, 0.0))
 
@@ -80,7 +89,7 @@ def _memory_tag(rank: int, what: str) -> str:
     return f"memory/rank_{rank}_{what}_gib"
 
 
-def _layout(world_size: int) -> dict[str, dict[str, list]]:
+def _layout(world_size: int, loss_unit: str) -> dict[str, dict[str, list]]:
     """Charts with several curves, by category, as TensorBoard wants them."""
     charts = {
         "memory": {
@@ -91,7 +100,7 @@ def _layout(world_size: int) -> dict[str, dict[str, list]]:
         "step": {
             f"seconds in {part}, every rank": [_part_tag(rank, part) for rank in range(world_size)] for part in PARTS
         },
-        "loss": {"training and held-out (nats a token)": ["train/loss", "evaluate/held_out_loss"]},
+        "loss": {f"training and held-out ({loss_unit})": ["train/loss", "evaluate/held_out_loss"]},
     }
     # Tags are regular expressions there: without an end, rank_1 would be rank_10 too.
     return {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasp.recipe import Recipe, RecipeError
+from lorasp.reporting.report_text import loss_unit
 from lorasp.reporting.tensorboard import TensorBoard
 
 _PROJECT = "lorasp"
@@ -18,7 +19,10 @@ _RUN_NAME = {
     "aim": "experiment",
 }
 # Settings that make a run's result, or its speed; the others only say where things lie.
-_HYPERPARAMETERS = ("method", "seed", "model", "adapter", "selection", "quantization", "data", "training")
+_HYPERPARAMETERS = (
+    *("task", "method", "seed", "model", "adapter", "selection", "quantization", "data", "training"),
+    "deepspeed",
+)
 
 
 def check_trackers(names: list[str]) -> None:
@@ -46,7 +50,8 @@ class Trackers:
         settings = hyperparameters(recipe.to_dict()) | {"world_size": world_size}
         for name in recipe.tracking.with_ if is_main else ():
             if name == "tensorboard":
-                self._open[name] = TensorBoard(run_dir / "tensorboard", world_size, settings)
+                unit = loss_unit(recipe.to_dict())
+                self._open[name] = TensorBoard(run_dir / "tensorboard", world_size, settings, unit)
             else:
                 self._open[name] = _Accelerate(name, recipe.name, run_dir, settings)
 

@@ -83,6 +83,13 @@ class Task(ABC):
         """Puts what the recipe's data names on the hub into its cache. Raises RecipeError."""
 
     @abstractmethod
+    def load_scorers(self) -> None:
+        """Imports the libraries that `score` needs, before anything is measured: their memory is not the run's.
+
+        Raises RecipeError where one is not installed.
+        """
+
+    @abstractmethod
     def read_data(self, directory: Path) -> TaskData:
         """The data, checked, in the tokens of the model at `directory`. Raises RecipeError."""
 

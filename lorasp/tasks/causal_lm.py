@@ -22,6 +22,9 @@ class CausalLanguageModeling(Task):
     def download(self) -> None:
         download_data(self.recipe.data)
 
+    def load_scorers(self) -> None:
+        """There are none: torch counts what is right."""
+
     def read_data(self, directory: Path) -> RunData:
         recipe = self.recipe
         if recipe.data.is_random:

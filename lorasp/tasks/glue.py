@@ -89,6 +89,9 @@ class Glue(Task):
     def download(self) -> None:
         download_glue(self.recipe.data)
 
+    def load_scorers(self) -> None:
+        glue_metrics(self._task.metrics, (0, 1), (0, 1))  # some parts are imported at their first use
+
     def read_data(self, directory: Path) -> GlueData:
         model = self.recipe.model
         kinds = getattr(load_config(directory, model), "type_vocab_size", 1)

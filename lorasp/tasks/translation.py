@@ -111,12 +111,17 @@ class Translation(Task):
             if source is not None:
                 yield source
 
+    def load_scorers(self) -> None:
+        if self.recipe.translation.test is not None:
+            check_metrics()
+            score_translations(["a"], ["a"])  # some parts are imported at their first use
+
     def read_data(self, directory: Path) -> PairData:
         recipe, data = self.recipe, self.recipe.data
         tokenizer = load_tokenizer(directory, recipe.model)
 
-        def read(source: Source) -> Rows:
-            return read_pairs(source, empty_output=data.empty_output)
+        def read(source: Source, empty_output: str = data.empty_output) -> Rows:
+            return read_pairs(source, empty_output=empty_output)
 
         def encoded(rows: Rows, weight: float = 1.0) -> Part:
             return Part(rows, encode_pairs(tokenizer, rows, data.max_length, data.too_long), weight)
@@ -126,8 +131,9 @@ class Translation(Task):
         test = None
         if recipe.translation.test is not None:
             check_metrics()
-            rows = read(recipe.translation.test)
-            # A sentence left out would make another test set; of one that is too long the source is cut.
+            # A sentence left out would make another test set, which no line of translations.txt would fit: of one
+            # that is too long the source is cut, and an empty one is scored, as sacrebleu does it.
+            rows = read(recipe.translation.test, "keep")
             test = DataSet((Part(rows, encode_pairs(tokenizer, rows, data.max_length, "truncate")),))
         return PairData(
             train=DataSet(tuple(encoded(rows, weight) for rows, weight in zip(train, weights, strict=True))),

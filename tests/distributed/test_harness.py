@@ -30,8 +30,13 @@ def test_two_ranks_score_what_the_harness_scores_on_the_whole_model(place, home,
     model = HFLM(pretrained=str(place / "model"), dtype="float32", device="cpu", batch_size=1, max_length=60)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     theirs = lm_eval.simple_evaluate(model, tasks=NAMES, task_manager=manager, bootstrap_iters=0)["results"]
-    for name in NAMES:
+    assert set(report["lm_eval"]["tasks"]["tiny_choices"]["standard_errors"]) == {
+        "acc,none",
+        "acc_norm,none",
+        "f1,none",
+    }
+    for name, count in zip(NAMES, (3, 2), strict=True):
         ours = report["lm_eval"]["tasks"][name]
-        assert ours["documents"] == 8 and len(ours["metrics"]) == 2
+        assert ours["documents"] == 8 and len(ours["metrics"]) == count
         for metric, value in ours["metrics"].items():
             assert value == pytest.approx(theirs[name][metric], rel=1e-4), metric
