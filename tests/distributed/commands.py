@@ -1,7 +1,6 @@
 """What a user types, run to its end, in an environment that knows nothing of this machine's user."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.distributed.launching import ROOT
+from tests.distributed.launching import ROOT, ended_with_its_family
 
 TRAIN = str(ROOT / "launch" / "train.py")
 EVALUATE = str(ROOT / "launch" / "evaluate.py")
@@ -62,23 +61,24 @@ def environment_of(home: Path, threads: int | None = 1) -> dict[str, str]:
 def run(command: list[str], home: Path, timeout: float = 180, threads: int | None = 1) -> Done:
     """Runs `command` from the repository root, each rank on so many `threads`; None: on as many as it takes.
 
-    home: the user's, where `accelerate config` leaves its answers.
+    home: the user's, where `accelerate config` leaves its answers. timeout: seconds until launcher and ranks are
+    killed.
     """
     out: list[str] = []
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment_of(home, threads),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
+    with (
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment_of(home, threads),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process,
+        ended_with_its_family(process, timeout),
+    ):
         reader = threading.Thread(target=lambda: out.append(process.stdout.read()))
         reader.start()
-        # The whole session: ranks outlive a launcher that is killed.
-        clock = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
-        clock.start()
         err, told = [], None
         for line in process.stderr:
             err.append(line)
@@ -86,7 +86,6 @@ def run(command: list[str], home: Path, timeout: float = 180, threads: int | Non
                 told = time.monotonic()
         returncode = process.wait()
         ended = time.monotonic()
-        clock.cancel()
         reader.join()
     return Done(returncode, "".join(out), "".join(err), None if told is None else ended - told)
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from lorasp.cli import HUNG
 from tests.distributed.commands import TRAIN, accelerate_on_two, run, start
-from tests.distributed.launching import ROOT
+from tests.distributed.launching import ROOT, ended_with_its_family
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +43,7 @@ def test_a_rank_killed_while_loading_ends_the_other_with_a_message(rank, tmp_pat
     )
     command = accelerate_on_two(str(tmp_path / "wide.yaml"))
     lines: list[str] = []
-    with start(command, home) as process:
-        clock = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
-        clock.start()
+    with start(command, home) as process, ended_with_its_family(process, timeout=180):
         killed = None
         for line in process.stdout:
             lines.append(line)
@@ -56,7 +53,6 @@ def test_a_rank_killed_while_loading_ends_the_other_with_a_message(rank, tmp_pat
                 killed = time.monotonic()
         code = process.wait()
         seconds = time.monotonic() - killed
-        clock.cancel()
     told = "".join(lines)
     assert code != 0 and seconds < 60
     assert "SIGKILL" in told and f"local_rank: {rank}" in told
@@ -155,7 +151,7 @@ def run_failing(
     marker.unlink(missing_ok=True)
     where = command.index(TRAIN)
     failing = [*command[:where], str(script), *map(str, moment), str(marker), *command[where + 1 :]]
-    with start(failing, home) as process:
+    with start(failing, home) as process, ended_with_its_family(process):
         told, _ = process.communicate(timeout=180)
         ended = time.time()
     assert marker.exists(), f"{moment} never came:\n{told}"

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lorasp.cli import PREEMPTED
 from tests.distributed.commands import TRAIN, accelerate_on_two, python, run, start
-from tests.distributed.launching import ROOT
+from tests.distributed.launching import ROOT, ended_with_its_family
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def history(run_dir: Path) -> list[dict]:
 
 def leave(command: list[str], home: Path, step: int, send) -> tuple[int, str]:
     """Starts `command`, calls `send` with its process once it tells of `step`; (exit code, both outputs)."""
-    with start(command, home) as process:
+    with start(command, home) as process, ended_with_its_family(process, timeout=180):
         told = []
         for line in process.stdout:
             told.append(line)

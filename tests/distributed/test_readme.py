@@ -23,7 +23,7 @@ from lorasp.recipe_loading import load_recipe
 from lorasp.sweep.cells import candidates, check, final_cells
 from lorasp.sweep.definition import read_sweep
 from tests.distributed.commands import free_port
-from tests.distributed.launching import ROOT
+from tests.distributed.launching import ROOT, ended_with_its_family, run_whole
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +94,7 @@ def type_in(clone: Path, command: str) -> str:
     elif "launch/generate.py" in command:
         command += " --max-new-tokens 16"
     threads = 1 if re.search(r"--(num_processes|nproc_per_node) 2", command) else 2
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=clone, env=environment(threads), capture_output=True, text=True, timeout=900
-    )
+    done = run_whole(["bash", "-c", command], 900, cwd=clone, env=environment(threads))
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -256,7 +254,10 @@ def test_the_command_for_two_machines_trains_on_two_launchers_of_one(place, tmp_
         )
         for machine in machines
     ]
-    said = [machine.communicate(timeout=200)[0] for machine in running]
+    with contextlib.ExitStack() as ended:
+        for machine in running:
+            ended.enter_context(ended_with_its_family(machine))
+        said = [machine.communicate(timeout=200)[0] for machine in running]
     assert [machine.returncode for machine in running] == [0, 0], said
     report = json.loads((place / "runs" / "machines" / "report.json").read_text())
     assert report["world_size"] == 2
