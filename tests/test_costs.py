@@ -46,6 +46,9 @@ def test_prices_are_found_again_and_none_is_negative():
     found = Prices.fit(works, [true.of(work) for work in works])
     assert found.seconds == pytest.approx(true.seconds, abs=1e-9) and min(found.seconds) >= 0
     assert sum(found.parts(works[0]).values()) == pytest.approx(true.of(works[0]))
+    # Measured with an error: of seconds 2 and 100 where p and 100 p are expected, (p/2 - 1)² + (p - 1)² is least.
+    works = [Work(amount, 0.0, 0.0, 0.0, 0.0, 0.0) for amount in (1.0, 100.0)]
+    assert Prices.fit(works, [2.0, 100.0]).seconds == pytest.approx((1.2, 0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def test_a_cluster_gathers_at_its_narrowest_place():

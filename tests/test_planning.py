@@ -83,7 +83,15 @@ def test_mmlu_holds_the_shots_of_two_subjects_and_a_forward_of_all_layers():
     settings = recipe().model_copy(update={"mmlu": Mmlu(data="mmlu")})
     config = load_config(locate_model(settings.model), settings.model)
     config.num_hidden_layers, how = 6, {"world_size": 2, "dtype": torch.bfloat16}
-    evaluation = plan(settings, config, **how).phases["evaluate_mmlu"]
+    planned_of = plan(settings, config, **how).phases
+    evaluation = planned_of["evaluate_mmlu"]
+    # A layer, its adapters and the head are whole at once, in 16 bits: codes, scales, two norms; half of rank 16's
+    # entries, of four linears of 4096 and three of 4096 and 11008. All that is trained is saved in fp32.
+    trained = 16 * (4 * 2 * 4096 + 3 * (4096 + 11008)) // 2
+    linears = 4 * 4096**2 + 3 * 4096 * 11008
+    layer = linears // 2 + linears // 64 + 2 * 2 * 4096 + 2 * trained
+    assert evaluation["gathered"] == layer + 2 * 32000 * 4096
+    assert planned_of["save"]["gathered"] == 6 * 4 * trained
     # LLaMA's 2,048 tokens hold no more of the longest subject's prompts.
     assert evaluation["kept_shots"] == 6 * 2 * 4096 * 2 * (2048 + 1400)
     forward, rows = assumed_forward(settings.mmlu, config)

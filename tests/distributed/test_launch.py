@@ -13,6 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lorasp.data.load import load_data
+from lorasp.models.weights import load_tokenizer
+from lorasp.recipe_loading import load_recipe
 from lorasp.trainer import PARTS
 from tests.distributed.commands import Done, accelerate, accelerate_on_two, free_port, python, run, torchrun_on_two
 from tests.tiny_models import BOS, EOS
@@ -200,6 +203,18 @@ def test_a_steps_seconds_are_told_by_part_for_every_rank(two):
         assert sum(seconds) == pytest.approx(throughput["step_seconds_median"], rel=0.5)
     header = r"\| +rank \| +data \| +gather \| +reduce \| +optimizer \| +compute \|"
     assert re.search(header, (two.directory / "report.md").read_text())
+
+
+def test_rates_are_what_a_step_had_over_its_seconds(plain, place):
+    recipe = load_recipe(place / "tiny.yaml")
+    data = load_data(recipe, load_tokenizer(place / "model", recipe.model))
+    order = data.order(recipe)
+    for step, point in enumerate(plain.report["history"]):
+        examples = [data.train.examples[row] for unit in order.global_batch(step) for row in unit]
+        tokens, labels = sum(len(its.input_ids) for its in examples), sum(its.label_count for its in examples)
+        assert 0 < labels < tokens
+        assert point["step_seconds"] * point["real_tokens_per_second"] == pytest.approx(tokens)
+        assert point["step_seconds"] * point["labels_per_second"] == pytest.approx(labels)
 
 
 def test_a_profile_is_a_trace_of_the_steps_asked_for_on_every_rank(two):

@@ -139,7 +139,7 @@ FAMILIES = {
             "ds_config": str(ROOT / "ds_configs" / "zero2.json"),
         },
     ),
-    "decay": ("llama", {"training": {"weight_decay": 0.1}}),
+    "decay": ("llama", {"training": {"weight_decay": 0.1, "betas": [0.8, 0.99]}}),
     "quarter": ("llama", {"selection": {"fraction": 0.25}, "adapter": {"rank": 1, "target_modules": ["q_proj"]}}),
     "full": ("llama", {"method": "full", "training": {"learning_rate": 1e-3}}),
     "full_tied": ("llama_tied", {"method": "full", "training": {"learning_rate": 1e-3}}),
