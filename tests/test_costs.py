@@ -1,5 +1,6 @@
 """The cost model: amounts against counters of torch, prices found again, and the arithmetic of a cluster."""
 
+import functools
 import importlib.util
 import sys
 
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorasp.costs import Cluster, Prices, Work, count_work, gathered_bytes
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
+from lorasp.models.build import build_on_meta
 from tests.distributed.launching import ROOT
 from tests.test_models import build
 from tests.tiny_models import save_model
@@ -59,7 +61,7 @@ def test_a_cluster_gathers_at_its_narrowest_place():
     assert cluster.seconds(work, 800.0, 8, hierarchical=True) == (12.0, 800 * 3 / 4 / 100)
 
 
-def test_the_study_varies_one_thing_at_a_time_and_says_what_is_calculated():
+def test_the_study_varies_one_thing_at_a_time_and_says_what_is_calculated(monkeypatch):
     spec = importlib.util.spec_from_file_location("scaling", ROOT / "launch" / "scaling.py")
     scaling = importlib.util.module_from_spec(spec)
     sys.modules["scaling"] = scaling  # where its dataclasses look for their types
@@ -70,6 +72,8 @@ def test_the_study_varies_one_thing_at_a_time_and_says_what_is_calculated():
     for setting in settings[1:]:
         changed = {name for name, value in vars(setting).items() if value != vars(middle)[name]}
         assert len(changed) == 1 or changed == {"rows", "length"}
+    # What S selects is no matter of amounts, and to draw it for 13B takes seconds.
+    monkeypatch.setattr("lorasp.models.build.build_on_meta", functools.partial(build_on_meta, draws=False))
     told = scaling.on_gpus()
     assert told.startswith("Calculated, not measured: LLaMA-13B")
     rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| 8 ×")]

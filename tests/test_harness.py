@@ -1,5 +1,6 @@
 """lm-evaluation-harness through our model interface gives what it gives through its own."""
 
+import functools
 import json
 
 import pytest
@@ -61,7 +62,7 @@ def tasks(tmp_path_factory):
 
 
 def write_tasks(directory):
-    """Task files of our own over a few rows, short and long ones."""
+    """Task files of our own over a few rows, short and long ones, and `tiny_gone` over a file that is not there."""
     rows = [
         {
             "text": " ".join(WORDS[: 1 + n] * (1 + n % 3)),
@@ -75,6 +76,9 @@ def write_tasks(directory):
         data = {"data_files": {"test": str(directory / "rows.jsonl")}, "cache_dir": str(directory / "cache")}
         common = {"task": f"tiny_{name}", "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
         (directory / f"{name}.yaml").write_text(json.dumps({**common, **task}))
+    data = data | {"data_files": {"test": str(directory / "gone.jsonl")}}
+    gone = {**common, **TASKS["choices"], "task": "tiny_gone", "dataset_kwargs": data}
+    (directory / "gone.yaml").write_text(json.dumps(gone))
     return directory
 
 
@@ -117,8 +121,18 @@ def test_results_and_answers_are_those_of_the_harness_s_own_model(
                     assert x == pytest.approx(y, rel=1e-4) and x_greedy == y_greedy
 
 
-@pytest.mark.slow  # the harness reads all of its task files, 5 s each time
-def test_results_are_plain_data_with_their_standard_errors(directory, tasks, one_process, monkeypatch):
+@pytest.fixture(scope="module")
+def managers():
+    """The harness's own, of each include_path once: to read all of its task files takes 5 s each time."""
+    import lm_eval.tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
+        yield
+
+
+@pytest.mark.slow
+def test_results_are_plain_data_with_their_standard_errors(directory, tasks, one_process, managers, monkeypatch):
     from lorasp.evaluation.harness import run_harness
 
     monkeypatch.setattr("multiprocessing.Pool", lambda *_: pytest.fail("a rank must not fork"))
@@ -135,8 +149,8 @@ def test_results_are_plain_data_with_their_standard_errors(directory, tasks, one
     }
 
 
-@pytest.mark.slow  # the harness reads all of its task files, 5 s each time
-def test_an_unknown_task_is_told(tasks):
+@pytest.mark.slow
+def test_an_unknown_task_is_told(tasks, managers):
     from lorasp.evaluation.harness import check_harness
 
     check_harness(LmEval(tasks=["tiny_choices", "tiny_rolling"], include_path=str(tasks)))
@@ -144,12 +158,9 @@ def test_an_unknown_task_is_told(tasks):
         check_harness(LmEval(tasks=["tiny_choice"], include_path=str(tasks)))
 
 
-@pytest.mark.slow  # the harness reads all of its task files, 5 s each time
-def test_data_that_cannot_be_had_is_told(tasks, tmp_path):
+@pytest.mark.slow
+def test_data_that_cannot_be_had_is_told(tasks, managers):
     from lorasp.evaluation.harness import check_harness
 
-    task = json.loads((tasks / "choices.yaml").read_text())
-    task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "gone.jsonl")
-    (tmp_path / "gone.yaml").write_text(json.dumps(task | {"task": "tiny_gone"}))
     with pytest.raises(RecipeError, match="the harness cannot load tiny_gone"):
-        check_harness(LmEval(tasks=["tiny_gone"], include_path=str(tmp_path)))
+        check_harness(LmEval(tasks=["tiny_gone"], include_path=str(tasks)))

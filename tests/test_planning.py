@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from lorasp import memory, run, tracing
+from lorasp import memory, planning, run, tracing
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
 from lorasp.evaluation.mmlu_prompts import assumed_forward
@@ -31,18 +31,28 @@ def recipe(path="llama-7b", length=256, micro=2, **sections):
     return Recipe(model={"path": path, "weights": "random"}, data=data, training=training, **sections)
 
 
+TRACES: dict[tuple, Traces] = {}
+
+
+def traces_of(settings, config, dtype=torch.bfloat16):
+    """Shared by this file's tests, of all that few layers of a model follow from: to make one takes a second."""
+    sections = settings.model_dump(include={"model", "method", "adapter", "quantization", "selection"})
+    layer = {name: value for name, value in config.to_dict().items() if name != "num_hidden_layers"}
+    return TRACES.setdefault((str(sections), str(layer), dtype), Traces())
+
+
 def planned(settings, world_size=1, dtype=torch.bfloat16, **how):
     config = load_config(locate_model(settings.model), settings.model)
-    return plan(settings, config, world_size=world_size, dtype=dtype, **how)
+    traces = traces_of(settings, config, dtype)
+    return plan(settings, config, world_size=world_size, dtype=dtype, traces=traces, **how)
 
 
 def test_the_base_of_a_7b_is_cut_over_the_ranks():
     """4.13 bits a weight of the linears (codes, scales of 64, no second level, which is a buffer), 16 of the rest."""
     linears, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
     whole = linears // 2 + linears // 64 + 2 * rest
-    traces = Traces()
     for ranks in (1, 2, 8):
-        shard = planned(recipe(), ranks, traces=traces).phases["train"]["base_shard"]
+        shard = planned(recipe(), ranks).phases["train"]["base_shard"]
         assert abs(shard - whole / ranks) < 1e-4 * whole / ranks
 
 
@@ -71,10 +81,11 @@ def test_a_layer_more_keeps_what_the_policy_says(policy):
     """Traced, against the formula of models/recompute.py: 32 layers against 40 of the same width would show it."""
     settings = recipe(micro=1, training={"activation_checkpointing": policy})
     config = load_config(locate_model(settings.model), settings.model)
+    how = {"world_size": 1, "dtype": torch.bfloat16, "traces": traces_of(settings, config)}
     config.num_hidden_layers = 10
-    ten = plan(settings, config, world_size=1, dtype=torch.bfloat16).phases["train"]["activations"]
+    ten = plan(settings, config, **how).phases["train"]["activations"]
     config.num_hidden_layers = 20
-    twenty = plan(settings, config, world_size=1, dtype=torch.bfloat16).phases["train"]["activations"]
+    twenty = plan(settings, config, **how).phases["train"]["activations"]
     told = 10 * 256 * kept_bytes_per_token(policy, config, 2)
     assert twenty - ten == pytest.approx(told, rel=0.01)
 
@@ -82,7 +93,8 @@ def test_a_layer_more_keeps_what_the_policy_says(policy):
 def test_mmlu_holds_the_shots_of_two_subjects_and_a_forward_of_all_layers():
     settings = recipe().model_copy(update={"mmlu": Mmlu(data="mmlu")})
     config = load_config(locate_model(settings.model), settings.model)
-    config.num_hidden_layers, how = 6, {"world_size": 2, "dtype": torch.bfloat16}
+    config.num_hidden_layers = 6
+    how = {"world_size": 2, "dtype": torch.bfloat16, "traces": traces_of(settings, config)}
     planned_of = plan(settings, config, **how).phases
     evaluation = planned_of["evaluate_mmlu"]
     # A layer, its adapters and the head are whole at once, in 16 bits: codes, scales, two norms; half of rank 16's
@@ -127,9 +139,16 @@ def test_two_chunks_of_labels_stand_for_all(method, monkeypatch):
     assert plan(settings, config, **how) == two
 
 
-def test_what_fits_is_found_and_the_fastest_comes_first():
+@pytest.fixture
+def shared(monkeypatch):
+    """Has all plans of a model share `traces_of` it, also those that find traces of their own."""
+    return lambda *of: monkeypatch.setattr(planning, "Traces", lambda: traces_of(*of))
+
+
+def test_what_fits_is_found_and_the_fastest_comes_first(shared):
     settings = recipe(length=2048)
     config = load_config(locate_model(settings.model), settings.model)
+    shared(settings, config)
     how = {"world_size": 2, "dtype": torch.bfloat16}
     limit = 12 * GIB
     found = list(plans_that_fit(settings, config, limit_bytes=limit, **how))
@@ -151,19 +170,21 @@ def test_what_fits_is_found_and_the_fastest_comes_first():
     assert plan(settings.model_copy(update={"training": more}), config, **how).highest > limit
 
 
-def test_what_fits_only_with_shards_in_the_hosts_memory():
+def test_what_fits_only_with_shards_in_the_hosts_memory(shared):
     """Little more than one layer is needed then, and `selective` on 256 tokens is the first to fit."""
     settings = recipe(micro=1, training={"global_batch_size": 2})
     config = load_config(locate_model(settings.model), settings.model)
+    shared(settings, config)
     how = {"world_size": 2, "dtype": torch.bfloat16, "limit_bytes": 2 * GIB}
     words, its = next(plans_that_fit(settings, config, **how))
     assert words[-1] == "deepspeed.config=zero3_offload.json" and its.phases["train"]["base_shard"] == 0
     assert not list(plans_that_fit(settings, config, device="cpu", **how))
 
 
-def test_sets_of_shards_in_each_node_are_tried_first_where_there_are_several_nodes():
+def test_sets_of_shards_in_each_node_are_tried_first_where_there_are_several_nodes(shared):
     settings = recipe(length=256, micro=1, training={"global_batch_size": 16})
     config = load_config(locate_model(settings.model), settings.model)
+    shared(settings, config)
     how = {"world_size": 16, "dtype": torch.bfloat16, "limit_bytes": 80 * GIB}
     found = [found for found in plans_that_fit(settings, config, **how) if "=selective" in found[0][0]]
     (whole, _), (words, grouped) = found[:2]
@@ -175,8 +196,7 @@ def test_sets_of_shards_in_each_node_are_tried_first_where_there_are_several_nod
 def test_a_whole_base_costs_its_bytes_and_receives_none():
     """13B on 8 ranks: 6.6 GiB of codes, scales, embedding and head on each, where an eighth would do."""
     settings = recipe("llama-13b", length=512, micro=1)
-    traces = Traces()
-    sharded, whole = (planned(one, 8, traces=traces) for one in (settings, with_whole_base(settings)))
+    sharded, whole = (planned(one, 8) for one in (settings, with_whole_base(settings)))
     assert whole.phases["train"]["base_shard"] == pytest.approx(8 * sharded.phases["train"]["base_shard"], rel=1e-3)
     assert whole.phases["train"]["gathered"] == whole.received_bytes == 0
     for part in ("optimizer", "gradients", "masks", "buffers"):

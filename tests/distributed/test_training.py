@@ -188,8 +188,8 @@ def two_ranks(models, no_prefetch, saved, tmp_path_factory):
     short = {"steps": 3, "ds_config": no_prefetch}
     for policy in POLICIES:
         how = {**short, "training": {"activation_checkpointing": policy}}
-        jobs[f"memory_{policy}"] = job(models["llama"], micro=4, live=True, count_operations=True, codes=True, **how)
-        jobs[f"gathers_{policy}"] = job(models["llama"], micro=4, gathers=True, **how)
+        flags = dict.fromkeys(("live", "count_operations", "gathers", "codes"), True)
+        jobs[f"memory_{policy}"] = job(models["llama"], micro=4, **flags, **how)
     jobs["gathers_tied"] = job(models["llama_tied"], micro=4, gathers=True, **short)
     # Every parameter of 1,000 bytes by a collective of its own, as embeddings and large matrices are.
     jobs["alone"] = job(models["llama"], micro=4, gathers=True, large=1000, **short)
@@ -493,12 +493,12 @@ def test_a_steady_step_asks_the_device_for_one_number_only(name, two_ranks):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_layer_is_gathered_twice_a_step_and_one_unit_at_a_time(policy, two_ranks):
     """Once for forward, once for backward; the recomputation of `layer` shares backward's gather."""
-    for rank in two_ranks[f"gathers_{policy}"]:
+    for rank in two_ranks[f"memory_{policy}"]:
         assert rank["gathers"] == {"0": [2], "1": [2], "2": [2]}
         assert 0 < rank["gathered_in_backward"] <= rank["largest_unit"]
 
 
-@pytest.mark.parametrize("name", [*(f"gathers_{policy}" for policy in POLICIES), "gathers_tied"])
+@pytest.mark.parametrize("name", [*(f"memory_{policy}" for policy in POLICIES), "gathers_tied"])
 def test_gathered_bytes_are_those_that_the_cost_model_counts(name, two_ranks, models):
     kind = "llama_tied" if name == "gathers_tied" else "llama"
     settings = Recipe(**recipe(models[kind], micro=4))
@@ -540,7 +540,7 @@ def planned_for(directory, *, world_size, batch=None, **changes):
 
 
 def test_what_is_gathered_alone_is_what_is_gathered_together(two_ranks):
-    for alone, together in zip(two_ranks["alone"], two_ranks["gathers_selective"], strict=True):
+    for alone, together in zip(two_ranks["alone"], two_ranks["memory_selective"], strict=True):
         assert alone["losses"] == together["losses"] and alone["norms"] == together["norms"]
         assert alone["gathers"] == together["gathers"]
         assert alone["gathered_in_backward"] <= together["gathered_in_backward"]

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -98,21 +99,21 @@ def run(job: dict, recipe: Recipe, ranks) -> dict:
         engine.set_learning_rate(learning_rate(step.step, order.total_steps, recipe.training))
         if step.step == job.get("gradients_of"):
             found["gradients"] = gradients(engine, step, ranks)
-        if job.get("gathers") and step.step == len(steps) - 1:
-            with Gathers(loaded.model) as gathers:
-                share, norm = train_step(engine, step, ranks.device, ranks.world_size)
+        is_last = step is steps[-1]
+        with (
+            Gathers(loaded.model) if is_last and job.get("gathers") else nullcontext() as gathers,
+            LiveTensors() if is_last and job.get("count_operations") else nullcontext() as counted,
+        ):
+            share, norm = train_step(engine, step, ranks.device, ranks.world_size)
+        if gathers is not None:
             found["gathers"] = gathers.of_units()
             found["gathered_in_backward"] = gathers.most_in_backward
             found["gathered"] = gathers.bytes()
-        elif job.get("count_operations") and step.step == len(steps) - 1:
-            with LiveTensors() as counted:
-                share, norm = train_step(engine, step, ranks.device, ranks.world_size)
+        if counted is not None:
             found["synchronising"] = {op: counted.op_counts[op] for op in _SYNCHRONISING if counted.op_counts[op]}
             found["operations"] = sum(counted.op_counts.values())
             found["step_peak"] = counted.peak_bytes
             found["step_rows"] = [row for batch in step.micro_batches for row in batch.rows]
-        else:
-            share, norm = train_step(engine, step, ranks.device, ranks.world_size)
         loss = share.clone()
         torch.distributed.all_reduce(loss)
         found["losses"].append(loss.item())
