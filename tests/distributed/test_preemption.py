@@ -16,7 +16,7 @@ from tests.distributed.launching import ROOT, ended_with_its_family
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+STEPS = 40
 SETTINGS = (f"training.max_steps={STEPS}", "training.epochs=20", "adapter.dropout=0.1", "evaluation.samples=1")
 
 
@@ -78,7 +78,8 @@ def runs(place, home, tmp_path_factory) -> dict[str, Path]:
     code, told = leave(accelerate_on_two(*common, "name=left"), home, 5, to_rank_1)
     assert code != 0 and f"exitcode: {PREEMPTED}" in told.replace("exitcode : ", "exitcode: "), told[-4000:]
     marker = json.loads((left / "left.json").read_text())
-    assert 5 <= marker["step"] < 40 and Path(marker["checkpoint"]).is_dir() and not (left / "report.json").exists()
+    assert 5 <= marker["step"] < STEPS - 15 and Path(marker["checkpoint"]).is_dir()
+    assert not (left / "report.json").exists()
     assert f"left after step {marker['step']}, as it was asked to" in told
     code, told = leave(accelerate_on_two(*common, "name=left"), home, marker["step"] + 5, to_the_launcher)
     assert code != 0 and f"resumed after step {marker['step']} of 2 rank(s)" in told, told[-4000:]
