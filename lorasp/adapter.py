@@ -30,10 +30,10 @@ class AdaptedLinear(ShardedLinear):
     that ΔW = 0 at the start. With `frozen_entries: init` the unselected entries of A stay at their start as a frozen
     parameter `A_rest`; B's would be zero either way. `A_bits` and `B_bits` hold S (see selection.py).
 
-    Both the selection and the start of A are functions of (seed, name) alone; without a seed nothing is drawn, and all
-    has its size. With `quantization.init: residual`
-    (Eq. 3), A and B start where base and adapter together come closest to W: `load` then fits them too, and leaves
-    ‖W - Q‖ / ‖W‖ of the plain base, and ‖W - Q - ΔW‖ / ‖W‖ of what it kept, in `start_errors`.
+    Both the selection and the start of A are functions of (seed, name) alone; without a seed nothing is drawn, and A
+    and B are on the meta device. With `quantization.init: residual` (Eq. 3), A and B start where base and adapter
+    together come closest to W: `load` then fits them too, and leaves ‖W - Q‖ / ‖W‖ of the plain base, and
+    ‖W - Q - ΔW‖ / ‖W‖ of what it kept, in `start_errors`.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class AdaptedLinear(ShardedLinear):
 
         count, entries = self.A_selection.count, self.A_selection.entries
         if seed is None:
-            selected, rest = torch.zeros(entries, dtype=dtype).split([count, entries - count])
+            selected, rest = torch.empty(entries, dtype=dtype, device="meta").split([count, entries - count])
         else:
             bound = 1 / math.sqrt(in_features)
             start = random_uniform(stream_key(seed, name, "start of A"), entries, -bound, bound).to(dtype)
             selected = self.A_selection.select(start.view(rank, in_features), A_bits)
             rest = start[~self.A_selection.mask(A_bits).view(-1)] if adapter.frozen_entries == "init" else None
         self.A = nn.Parameter(selected.contiguous())
-        self.B = nn.Parameter(torch.zeros(self.B_selection.count, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(self.B_selection.count, dtype=dtype, device=selected.device))
         self.A_rest = None
         if adapter.frozen_entries == "init" and count < entries:
             self.A_rest = nn.Parameter(rest.contiguous(), requires_grad=False)

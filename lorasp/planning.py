@@ -2,8 +2,8 @@
 
 What is kept between steps is counted from the model on the meta device, by ZeRO-3's own rule: a rank keeps ⌈n/N⌉
 elements of a parameter of n. What a step needs besides is traced (tracing.py) with few layers of each kind, and with
-one more; the difference is what a layer adds. No weight, no GPU, no deepspeed and no bitsandbytes is needed, and no
-constant is fitted to a run.
+one more of each; the difference is what a layer adds. No weight, no GPU, no deepspeed and no bitsandbytes is needed,
+and no constant is fitted to a run.
 
 A plan counts tensors: not the CUDA context and NCCL's buffers on a GPU (0.5 to 1.5 GiB outside torch's allocator), nor
 what an allocator keeps of what was freed; and those on the rank's device: what is offloaded from a GPU is the host's.
@@ -33,7 +33,7 @@ from lorasp.models.task_model import TaskModel
 from lorasp.quantization import ShardedLinear
 from lorasp.recipe import DS_CONFIGS, Recipe
 from lorasp.recipe_deepspeed import keeps_base_whole, shard_group_size
-from lorasp.tracing import Traces, layer_counts
+from lorasp.tracing import Traces, largest_layer, layer_kinds
 
 _ADAPTER = ("A", "B", "A_rest", "W", "W_rest")  # as accounting.py has it, which imports deepspeed
 
@@ -88,24 +88,30 @@ def plan(
     shards_away = device != "cpu" and _offloads_shards(recipe)
     traces = Traces() if traces is None else traces
 
-    def measured(layers: tuple[int, ...]) -> dict[str, int]:
-        model = traces.model(recipe, config, dtype, layers)
-        counted = _count(model, recipe, world_size, group, base_whole)
-        counted |= traces.step(model, batch, activations_away=activations_away)
-        return counted if mmlu is None else counted | traces.scoring(model, *mmlu)
+    whole = traces.whole(recipe, config, dtype)
+    kinds = layer_kinds(whole)
 
-    few = _few_layers(config, scores=mmlu is not None)
-    found = least = measured(few)
-    layer = 0  # the larger kind's, stored
-    for kind, count in enumerate(layer_counts(config)):
-        more = measured(tuple(number + (kind == other) for other, number in enumerate(few)))
-        found = {key: value + (count - few[kind]) * (more[key] - least[key]) for key, value in found.items()}
-        layer = max(layer, more["stored"] - least["stored"])
+    def traced(counts: Sequence[int]) -> dict[str, int]:
+        layers = [name for kind, count in zip(kinds, counts, strict=True) for name in kind[:count]]
+        model = traces.model(recipe, config, dtype, layers)
+        step = traces.step(model, batch, activations_away=activations_away)
+        return step if mmlu is None else step | traces.scoring(model, *mmlu)
+
+    found = _count(whole, recipe, world_size, group, base_whole)
+    few = _few_layers(kinds, scores=mmlu is not None)
+    least = traced(few)
+    needed = dict(least)
+    for kind, its in enumerate(kinds):
+        if rest := len(its) - few[kind]:
+            more = traced([count + (kind == other) for other, count in enumerate(few)])
+            needed = {key: value + rest * (more[key] - least[key]) for key, value in needed.items()}
+    found |= needed
+    layer = largest_layer(whole)
     if shards_away:
         found["base_shard"] = found["adapters"] = 0
     # Nothing is gathered where a rank's shard is the whole.
     is_whole = base_whole or (world_size == 1 and not shards_away)
-    gathered, head = (0, 0) if is_whole else (layer, least["head"])
+    gathered, head = (0, 0) if is_whole else (layer, found["head"])
     held = {part: found[part] for part in ("base_shard", "adapters", "masks", "buffers", "gradients")}
     trained = {**held, "optimizer": 3 * found["masters"] + 4}
     # The head's weight is whole while the last layer is gathered for its backward; then layer by layer, the next one
@@ -114,7 +120,7 @@ def plan(
     in_backward = {"gathered": 2 * gathered, "activations": max(found["peak_in_backward"], found["peak_in_encoder"])}
     train = max(at_head, in_backward, key=lambda parts: sum(parts.values()))
     # The last unit is filled while the adapters of all are still whole; then the optimizer takes its masters.
-    unit = max(layer, least["embedding"]) + least["largest_filled"]
+    unit = max(layer, found["embedding"]) + found["largest_filled"]
     filling = {**held, "adapters": found["adapters_whole"], "gradients": 0, "unit": unit}
     ready = {**held, "optimizer": found["masters"]}
     load = max(filling, ready, key=lambda parts: sum(parts.values()))
@@ -131,13 +137,12 @@ def plan(
     return Plan(world_size, phases, received)
 
 
-def _few_layers(config: PreTrainedConfig, scores: bool) -> tuple[int, ...]:
-    """From which on each layer more adds the same: one, but two of T5's, which add up what a position bias is due.
+def _few_layers(kinds: list[list[str]], scores: bool) -> list[int]:
+    """How many layers of each kind are traced, from which on one more adds the same.
 
-    And two of a model that scores: what the embedding gave stays until the end, beside the input of each other layer.
+    Two of a model that scores: what the embedding gave stays until the end, beside the input of each other layer.
     """
-    kinds = len(layer_counts(config))
-    return (1,) if kinds == 1 and not scores else (2,) * kinds
+    return [min(1 + scores, len(kind)) for kind in kinds]
 
 
 def _full_batch(recipe: Recipe) -> Batch | glue.GlueBatch | PairBatch:
@@ -221,7 +226,7 @@ def _policies(
 ) -> tuple[tuple[str, bool], ...]:
     """(activation_checkpointing, offload_activations) that make a difference to this model."""
     training = recipe.training.model_copy(update={"activation_checkpointing": "selective"})
-    layers = _few_layers(config, scores=recipe.mmlu.data is not None)
+    layers = [kind[0] for kind in layer_kinds(traces.whole(recipe, config, dtype))]
     few = traces.model(recipe.model_copy(update={"training": training}), config, dtype, layers)
     return _OTHER_POLICIES if traces.fallback(few) else _POLICIES
 
@@ -272,8 +277,8 @@ def excess(plan: Plan, free_bytes: int) -> str | None:
 
 
 def _count(model: TaskModel, recipe: Recipe, world_size: int, group: int, base_whole: bool) -> dict[str, int]:
-    """Bytes (and `trained` entries) of what a rank keeps and gathers of the model; each grows by a layer's."""
-    found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained", "stored"), 0)
+    """Bytes (and `trained` entries) of what a rank keeps and gathers of the model."""
+    found = dict.fromkeys(("base_shard", "adapters", "adapters_whole", "masks", "buffers", "trained"), 0)
     masters = 0
     for name, parameter in model.named_parameters():
         shard = kept = -(-parameter.numel() // world_size)
@@ -283,7 +288,6 @@ def _count(model: TaskModel, recipe: Recipe, world_size: int, group: int, base_w
             kept += shard * world_size // group
         part = "adapters" if name.rpartition(".")[2] in _ADAPTER else "base_shard"
         found[part] += kept * parameter.element_size()
-        found["stored"] += parameter.numel() * parameter.element_size()
         if part == "adapters":
             found["adapters_whole"] += parameter.numel() * parameter.element_size()
         if parameter.requires_grad:

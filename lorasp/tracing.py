@@ -5,7 +5,7 @@ Forward and backward run as they are; what each operation makes and frees is cou
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
 from lorasp.data.batches import Batch
 from lorasp.evaluation.scoring import Forward, ScoredRow
 from lorasp.live_tensors import LiveTensors
-from lorasp.models.build import build_on_meta
+from lorasp.models.build import build_on_meta, units
 from lorasp.models.causal_lm import CHUNK_ROWS
 from lorasp.models.kept_states import KeptStates
 from lorasp.models.recompute import set_recomputation
@@ -40,17 +41,24 @@ class Traces:
     """What plans of one model, method and precision share: models built, and steps traced, are found again."""
 
     def __init__(self) -> None:
+        self._whole: TaskModel | None = None
         self._models: dict[tuple, TaskModel] = {}
         self._fallbacks: dict[TaskModel, str | None] = {}
         self._found: dict[tuple, dict[str, int]] = {}
 
+    def whole(self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype) -> TaskModel:
+        """The recipe's model without memory, to be counted, not run. Raises as `build_on_meta`."""
+        if self._whole is None:
+            self._whole = build_on_meta(config, recipe, dtype, draws=False)
+        return self._whole
+
     def model(
-        self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: tuple[int, ...]
+        self, recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, layers: Collection[str]
     ) -> TaskModel:
-        """The recipe's model with so many layers (see `layer_counts`), without memory. Raises as `build_on_meta`."""
-        key = (layers, recipe.training.activation_checkpointing)
+        """Of `whole`, to be run, with no other layers than those of these names (see `layer_kinds`)."""
+        key = (frozenset(layers), recipe.training.activation_checkpointing)
         if key not in self._models:
-            model = build_on_meta(_with_layers(config, layers), recipe, dtype, draws=False)
+            model = _with_layers(self.whole(recipe, config, dtype), layers)
             _, self._fallbacks[model] = set_recomputation(model.model, recipe.training.activation_checkpointing)
             self._models[key] = model
         return self._models[key]
@@ -74,11 +82,29 @@ class Traces:
         return self._found[key]
 
 
-def layer_counts(config: PreTrainedConfig) -> tuple[int, ...]:
-    """How many layers a model has of each kind: the encoder's and the decoder's of one with both, else one number."""
-    if config.model_type == "t5":
-        return config.num_layers, config.num_decoder_layers
-    return (config.get_text_config().num_hidden_layers,)
+def layer_kinds(model: TaskModel) -> list[list[str]]:
+    """Names of the model's layers, those of one kind together: in one stack, with the same parameters trained.
+
+    Of a LLaMA all layers are of one kind, unless only some have adapters; a T5's first block has a table of its own.
+    """
+    kinds: dict[tuple, list[str]] = {}
+    for name, layer in _layers(model):
+        parameters = [(its, tuple(p.shape), p.dtype, p.requires_grad) for its, p in layer.named_parameters()]
+        kinds.setdefault((name.rpartition(".")[0], type(layer), *parameters), []).append(name)
+    return list(kinds.values())
+
+
+def largest_layer(model: TaskModel) -> int:
+    """Bytes, as stored, of the largest of the model's layers."""
+    return max((sum(p.numel() * p.element_size() for p in layer.parameters()) for _, layer in _layers(model)))
+
+
+def _layers(model: TaskModel) -> Iterator[tuple[str, nn.Module]]:
+    """(name within the Hugging Face model, module) of the units that are one of a list."""
+    for unit in units(model.model):
+        name = unit.name.removesuffix(".")
+        if isinstance(model.model.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+            yield name, unit.module
 
 
 def trace(model: TaskModel, batch: Batch, *, activations_away: bool) -> dict[str, int]:
@@ -147,16 +173,32 @@ def _at_gradient(module: nn.Module | None, call: Callable[[], None]) -> Abstract
     return module.register_forward_hook(watch)
 
 
-def _with_layers(config: PreTrainedConfig, layers: tuple[int, ...]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    if config.model_type == "t5":
-        config.num_layers, config.num_decoder_layers = layers
-        return config
-    text = config.get_text_config()
-    (text.num_hidden_layers,) = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
-    return config
+def _with_layers(whole: TaskModel, layers: Collection[str]) -> TaskModel:
+    """A copy of `whole`, on the meta device as it is, without its other layers."""
+    stacks: dict[str, dict[str, nn.Module]] = {}
+    for name, layer in _layers(whole):
+        stack, _, index = name.rpartition(".")
+        its = stacks.setdefault(stack, {})
+        if name in layers:
+            its[index] = layer
+    lists = {stack: whole.model.get_submodule(stack) for stack in stacks}
+    all_of = {stack: modules._modules for stack, modules in lists.items()}
+    try:
+        for stack, modules in lists.items():
+            modules._modules = {str(place): layer for place, layer in enumerate(stacks[stack].values())}
+        # Handles to remove hooks by stay what they are: what T5's refer to, tables that are one now, is gone.
+        held = [its if isinstance(its, list) else [its] for its in vars(whole.model).values()]
+        handles = [its for some in held for its in some if isinstance(its, RemovableHandle)]
+        model = copy.deepcopy(whole, {id(handle): handle for handle in handles})
+    finally:
+        for stack, modules in lists.items():
+            modules._modules = all_of[stack]
+    if len(stacks) == 1:  # T5 asks its stacks, not its configuration
+        text, (its,) = model.model.config.get_text_config(), stacks.values()
+        if getattr(text, "layer_types", None):
+            text.layer_types = [text.layer_types[int(index)] for index in its]
+        text.num_hidden_layers = len(its)
+    return model
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -7,18 +7,20 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from transformers import AutoConfig
 
 from lorasp import memory, planning, run, tracing
 from lorasp.data.batches import collate
 from lorasp.data.examples import Example
 from lorasp.evaluation.mmlu_prompts import assumed_forward
+from lorasp.models.build import build_on_meta
 from lorasp.models.causal_lm import CHUNK_ROWS, CausalLM
 from lorasp.models.recompute import kept_bytes_per_token
 from lorasp.models.weights import load_config, locate_model
 from lorasp.planning import as_method, excess, plan, plans_that_fit, with_whole_base
 from lorasp.recipe import Mmlu, Recipe, RecipeError
 from lorasp.reporting.plan_text import format_whole_base
-from lorasp.tracing import Traces, trace_scoring
+from lorasp.tracing import Traces, layer_kinds, trace, trace_scoring
 from tests.distributed.launching import ROOT
 
 GIB = 2**30
@@ -45,6 +47,12 @@ def planned(settings, world_size=1, dtype=torch.bfloat16, **how):
     config = load_config(locate_model(settings.model), settings.model)
     traces = traces_of(settings, config, dtype)
     return plan(settings, config, world_size=world_size, dtype=dtype, traces=traces, **how)
+
+
+def whole_model(settings, config, dtype=torch.bfloat16):
+    """To be traced: as a plan has it, but with all layers."""
+    traces = Traces()
+    return traces.model(settings, config, dtype, sum(layer_kinds(traces.whole(settings, config, dtype)), []))
 
 
 def test_the_base_of_a_7b_is_cut_over_the_ranks():
@@ -74,6 +82,48 @@ def test_each_method_can_be_planned_from_each():
             "full",
         ]
         assert as_method(settings, "lora").quantization.format == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "linears"),
+    [
+        (["*.layers.[01].*"], 2, 7),
+        (["*.layers.31.*"], 1, 7),
+        (["model.layers.2.self_attn.q_proj"], 1, 1),
+    ],
+)
+def test_adapters_of_some_layers_are_those_counted(targets, layers, linears):
+    """Half of the entries of A and B at rank 16: fp32 master and two moments each, and Adam's step."""
+    square, up = 2 * 4096, 4096 + 11008
+    trained = 16 * layers * (4 * square + 3 * up if linears == 7 else square) // 2
+    its = planned(recipe(length=64, micro=1, adapter={"target_modules": targets}))
+    assert its.phases["train"]["optimizer"] == 12 * trained + 4
+
+
+def uneven():
+    """Two dense layers, and four of 32 experts each."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000}
+    experts = {"n_routed_experts": 32, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    return AutoConfig.for_model("dots1", **shape, **heads, **experts, first_k_dense_replace=2)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["*.layers.[0-3].*"]])
+def test_layers_of_several_kinds_are_counted_and_traced_as_they_are(targets):
+    config, dtype = uneven(), torch.bfloat16
+    settings = recipe(length=64, micro=1, quantization={"format": "none"}, adapter={"target_modules": targets})
+    model = build_on_meta(config, settings, dtype, draws=False)
+    its = plan(settings, config, world_size=2, dtype=dtype).phases
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert its["train"]["base_shard"] == sum(-(-p.numel() // 2) * p.element_size() for p in frozen)
+    # Two layers of experts, as far as adapters are, at once; a dense one is smaller.
+    assert its["train"]["gathered"] == 2 * max(_bytes_of(layer) for layer in model.model.model.layers)
+    of_all = trace(whole_model(settings, config), BATCH, activations_away=False)
+    assert its["train"]["activations"] == of_all["peak_in_backward"]
+
+
+def _bytes_of(module):
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 @pytest.mark.parametrize("policy", ["selective", "lean", "layer"])
@@ -107,7 +157,7 @@ def test_mmlu_holds_the_shots_of_two_subjects_and_a_forward_of_all_layers():
     # LLaMA's 2,048 tokens hold no more of the longest subject's prompts.
     assert evaluation["kept_shots"] == 6 * 2 * 4096 * 2 * (2048 + 1400)
     forward, rows = assumed_forward(settings.mmlu, config)
-    of_all = trace_scoring(Traces().model(settings, config, torch.bfloat16, (6,)), forward, rows)
+    of_all = trace_scoring(whole_model(settings, config), forward, rows)
     assert evaluation["activations"] == of_all["peak_in_scoring"]
     assert "evaluate_mmlu" not in plan(recipe(), config, **how).phases
     # A forward of half as many tokens needs half of the rest, and the shots all the same.

@@ -175,13 +175,14 @@ def test_what_a_forward_takes_is_told_without_running_it(kind, directories):
     set_recomputation(model.model, settings.training.activation_checkpointing)
     with LiveTensors() as live:
         list(score_forward(Unsharded(model), forward, rows, states, CPU))
-    layers = (model.model.config.num_hidden_layers,)
-    untold = Traces().model(settings, load_config(directories[kind], settings.model), torch.float32, layers)
+    of_it = (settings, load_config(directories[kind], settings.model), torch.float32)
+    layers = [f"model.layers.{layer}" for layer in range(model.model.config.num_hidden_layers)]
+    untold = Traces().model(*of_it, layers)
     told = trace_scoring(untold, forward, rows)
     rooms = sum(part.link.room for part in forward.parts)
     config = model.model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    assert told["kept_in_scoring"] == 4 * 2 * layers[0] * config.num_key_value_heads * head * rooms
+    assert told["kept_in_scoring"] == 4 * 2 * len(layers) * config.num_key_value_heads * head * rooms
     assert sum(told.values()) == pytest.approx(live.peak_bytes, rel=0.01)
 
 
