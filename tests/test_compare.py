@@ -259,6 +259,44 @@ def test_any_runs_stand_side_by_side_by_the_settings_in_which_they_differ(tmp_pa
     ]
 
 
+def test_a_damaged_choice_is_told(tmp_path):
+    finished_run(tmp_path / "run", recipe())
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen" / "a.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"chosen/a.json is no choice that can be read \(Expecting"):
+        read_runs([tmp_path])
+
+
+def test_runs_of_other_rows_are_never_one_row(tmp_path):
+    def told(first, second):
+        """Groups of three runs, two of which have one seed: of digest a, and twice b or of `second`'s data."""
+        for name, its, digest in (
+            ("x", first(0), "a"),
+            ("y", second(0), "b"),
+            ("z", second(1), "c" if first(1).data.held_out == 0.1 else "b"),
+        ):
+            finished_run(
+                tmp_path / name, its, digest=digest * 64, reported=split("held_out_loss", 1.0, exact_match=0.5)
+            )
+        groups, left_out = grouped(read_runs([tmp_path])[0])
+        assert left_out == []
+        return [(group.settings, list(group.seeds)) for group in groups]
+
+    def of(**data):
+        return lambda seed: recipe(seed=seed, **data)
+
+    assert told(of(data__train="a"), of(data__train="b")) == [
+        ({"digest of train": "a" * 12}, [0]),
+        ({"digest of train": "b" * 12}, [0, 1]),
+    ]
+    # A share that the seed draws: other rows with each seed, and all the same one row.
+    share = {"data__held_out": 0.1}
+    assert told(of(data__train="a", **share), of(data__train="b", **share)) == [
+        ({"data.train": "a"}, [0]),
+        ({"data.train": "b"}, [0, 1]),
+    ]
+
+
 def test_the_picture_has_a_bar_a_run_and_a_mark_a_figure_of_the_paper(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("lorasp.comparison.figure.save_figure", lambda figure, path: drawn.append(figure))

@@ -14,6 +14,7 @@ from lorasp.memory import gib, mib
 from lorasp.reporting.markdown import table
 from lorasp.reporting.report_text import loss_unit
 
+_DRAWN_FROM = ("train", "revision", "limit")
 _PLACES = {"held_out_loss": 4}  # of a score's mean and deviation; 2 of others
 
 
@@ -44,10 +45,18 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What makes a run another one: its settings without the seed, its model, and how many rows it read."""
+    """What makes a run another one: its settings without the seed, its model, and the rows that it read.
+
+    Where the seed draws what is held out, runs of one source train on other rows: they are known by the source then.
+    """
     facts = {key: value for key, value in run.settings.items() if key != "seed"}
     counts = {f"rows of {kind}": its["rows"] for kind, its in run.report["data"].items() if "rows" in its}
-    return {"model": run.model, **facts, **counts}
+    data = run.recipe.data
+    if isinstance(data.held_out, float):
+        rows = {f"data.{key}": value for key, value in run.report["recipe"]["data"].items() if key in _DRAWN_FROM}
+    else:
+        rows = {f"digest of {kind}": digest[:12] for kind, digest in run.rows.items()}
+    return {"model": run.model, **facts, **counts, **rows}
 
 
 def score_names(groups: Sequence[Group]) -> list[str]:

@@ -187,10 +187,19 @@ def _read_run(directory: Path) -> Run | str:
 def _not_chosen(directory: Path) -> str | None:
     """Why a run of a sweep's first stage is none to report, by the choice that it had a part in."""
     for path in sorted((directory.parent / CHOSEN).glob("*.json")):
-        choice = json.loads(path.read_text(encoding="utf-8"))
-        for candidate in choice["candidates"]:
-            if candidate["run"] == directory.name and directory.name not in choice["reports"]:
-                return f"was run to choose a learning rate; {choice['learning_rate']:g} was chosen"
+        try:
+            choice = json.loads(path.read_text(encoding="utf-8"))
+            candidates, reports, rate = (
+                [its["run"] for its in choice["candidates"]],
+                choice["reports"],
+                choice["learning_rate"],
+            )
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RecipeError(
+                f"{path} is no choice that can be read ({error}); the sweep makes it again once it is removed"
+            ) from None
+        if directory.name in candidates and directory.name not in reports:
+            return f"was run to choose a learning rate; {rate:g} was chosen"
     return None
 
 
