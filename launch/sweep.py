@@ -35,7 +35,7 @@ def main() -> int:
     refuse_several_processes()
     options = _options()
     sweep = read_sweep(options.sweep, options.overrides)
-    arguments = shlex.split(options.launcher) if options.launcher is not None else map(str, sweep.file.launcher)
+    arguments = _words(options.launcher) if options.launcher is not None else map(str, sweep.file.launcher)
     launcher = Launcher(list(arguments), tell)
 
     # Every run's recipe, and what is there of other settings, before a minute is spent.
@@ -147,6 +147,13 @@ def _numbered(sweep: Sweep, first: list[Cell], second: list[Cell], index: int) -
         raise RecipeError(f"run {index} waits for the learning rate of {cell.group or 'the first stage'}: {found}")
     tell(f"chosen: {found.describe()}", file=sys.stderr)
     return final_cells(sweep, {cell.group: found.learning_rate})[index - len(first)]
+
+
+def _words(launcher: str) -> list[str]:
+    try:
+        return shlex.split(launcher)
+    except ValueError as error:
+        raise RecipeError(f"--launcher: {launcher!r} is no list of arguments ({error})") from None
 
 
 def _print_arguments(cell: Cell) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,10 +82,11 @@ def test_the_command_lines_settings_are_of_every_run_and_refused_where_the_sweep
     sweep = read_sweep(path, ["training.epochs=1", "output_dir=/scratch/my runs"])
     assert {cell.recipe.training.epochs for cell in candidates(sweep)} == {1}
     assert str(candidates(sweep)[0].recipe.run_dir.parent) == "/scratch/my runs/s"
-    assert faults(path, "seed=3", "method=lora", "rank") == [
+    assert faults(path, "seed=3", "method=lora", "rank", "adapter.rank.x=1") == [
         'command line: "rank" is no setting; write key=value, e.g. data.limit=100',
         "command line: seed: is what seeds decides; change it there",
         "command line: method: is what variants.full decides; change it there",
+        "command line: adapter.rank.x: is what variants.half decides; change it there",
     ]
 
 
@@ -100,6 +102,16 @@ def test_every_fault_of_every_runs_recipe_is_told_at_once_where_the_sweep_gives_
         "s.yaml:6: adapter.alhpa: unknown key, did you mean adapter.alpha? "
         "(run choose-half-max_length64-lr0.0001-seed0)",
     ]
+
+
+def test_a_variant_may_be_called_a_number(write):
+    [cell] = final_cells(read_sweep(write("recipe: tiny.yaml\nvariants: {'8': {}}\n")), {})
+    assert (cell.overrides[0], cell.recipe.name) == ('name="8"', "8")
+
+
+def test_the_rows_behind_those_that_are_reported_may_choose(write):
+    sweep = read_sweep(write(SWEEP.replace("skip: 200", "skip: 110")))
+    check(candidates(sweep) + final_cells(sweep, {}), None)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +131,34 @@ def test_every_fault_of_every_runs_recipe_is_told_at_once_where_the_sweep_gives_
         (
             ("skip: 200", "skip: 100"),
             "s.yaml:11: choose.by: the rows of data.held_out would choose",
+        ),
+        (
+            ("skip: 200", "skip: 109"),
+            "s.yaml:11: choose.by: the rows of data.held_out would choose",
+        ),
+        (
+            ("data.held_out.skip: 200", "data.held_out.limit: 5"),
+            "s.yaml:11: choose.by: the rows of data.held_out would choose",
+        ),
+        (
+            ("{data.held_out.skip: 200}", "{data.held_out: 0.1}\nsettings: {data.held_out: 0.2}"),
+            "s.yaml:11: choose.by: the rows of data.held_out would choose",
+        ),
+        (
+            ("{data.held_out.skip: 200}", "{data: {held_out: {skip: 200}}, training: {learning_rate: 3}}"),
+            "s.yaml:12: choose.settings.training: is what choose.learning_rates decides; remove one of the two",
+        ),
+        (
+            ("{method: lora, ", "{data: {max_length: 3}, "),
+            "s.yaml:5: variants.half.data: is what grid decides; remove one of the two",
+        ),
+        (
+            ("{method: lora, ", "{data: null, "),
+            "s.yaml:5: variants.half.data: is what grid decides; remove one of the two",
+        ),
+        (
+            ("{method: lora, ", "{adapter: {rank: 4}, "),
+            "s.yaml:5: variants.half.adapter.rank: is what variants.half.adapter decides; remove one of the two",
         ),
         (
             ("by: held_out", "by: selection"),
@@ -300,3 +340,10 @@ def test_the_scripts_own_modules_import_nothing_heavy(write):
     code = f"import sys; from lorasp.sweep import {modules}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_launcher_that_is_no_list_of_arguments_is_told():
+    words = runpy.run_path(str(ROOT / "launch" / "sweep.py"))["_words"]
+    assert words("--num_processes 2") == ["--num_processes", "2"]
+    with pytest.raises(RecipeError, match="--launcher: '\"' is no list of arguments \\(No closing quotation\\)"):
+        words('"')

@@ -1,13 +1,14 @@
 """The runs of a sweep: their names, their recipes, and the order in which they are numbered."""
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lorasp.recipe import Recipe, RecipeError
+from lorasp.recipe import Data, Recipe, RecipeError, Source
 from lorasp.recipe_loading import load_recipe
 from lorasp.sweep.definition import Change, Sweep, written
 
@@ -56,7 +57,7 @@ class Cell:
     @property
     def overrides(self) -> list[str]:
         """What `launch/train.py` is given behind the recipe."""
-        return [*self.settings, f"name={self.name}", f"output_dir={written(str(self.sweep.directory))}"]
+        return [*self.settings, f"name={written(self.name)}", f"output_dir={written(str(self.sweep.directory))}"]
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -153,12 +154,27 @@ def _unfit_to_choose(cell: Cell) -> str | None:
     if recipe.data.held_out is None:
         return f"{at}: choose.by: there is no data.held_out to choose by"
     reported = next(its for its in final_cells(cell.sweep, {}) if its.group == cell.group).recipe
-    if reported.data.held_out == recipe.data.held_out:
+    if _share_rows(reported.data, recipe.data):
         return (
             f"{at}: choose.by: the rows of data.held_out would choose the learning rate and be reported too; give "
-            f"other rows in choose.settings, such as data.held_out.skip"
+            f"other rows in choose.settings, such as data.held_out.skip behind data.held_out.limit"
         )
     return None
+
+
+def _share_rows(some: Data, other: Data) -> bool:
+    """Whether what two recipes hold out has rows in common, as far as their settings tell."""
+    its, others = some.held_out_source, other.held_out_source
+    if its is None and others is None:  # the smaller of two shares is part of the larger one
+        return some.train_sources == other.train_sources
+    if its is None or others is None or _set_of(its) != _set_of(others):
+        return False
+    first, last = sorted((its, others), key=lambda source: source.skip)
+    return first.limit is None or last.skip < first.skip + first.limit
+
+
+def _set_of(source: Source) -> tuple[str | None, ...]:
+    return os.path.normpath(source.path), source.revision, source.subset, source.split
 
 
 def _groups(sweep: Sweep) -> list[tuple[str, tuple[Change, ...]]]:

@@ -15,7 +15,7 @@ Read as recipes are: every fault at once with its line, and of each run's recipe
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,18 +167,41 @@ def _check(file: SweepFile, given: Sequence[Change], report: Report) -> None:
     places = {"settings": file.settings, "grid": file.grid}
     places |= {f"variants.{name}": changes or {} for name, changes in file.variants.items()}
     places |= {"choose.settings": file.choose.settings} if file.choose else {}
-    varied = {**dict.fromkeys(file.grid, "grid"), "name": "the sweep", "output_dir": "the sweep"}
+    varied = {name: "grid" for key, values in file.grid.items() for value in values for name in _names(key, value)}
+    varied |= {"name": "the sweep", "output_dir": "the sweep"}
     varied |= {"seed": "seeds"} if file.seeds else {}
     varied |= {"training.learning_rate": "choose.learning_rates"} if file.choose else {}
     for place, settings in places.items():
-        for key in settings:
-            if (by := varied.get(key)) and by != place:
-                report.add(f"{place}.{key}", f"is what {by} decides; remove one of the two")
+        before: dict[str, str] = {}
+        for key, value in settings.items():
+            names = [name for its in (value if place == "grid" else [value]) for name in _names(key, its)]
+            others = [
+                by for name in names for by in (*_deciding(name, varied), *_deciding(name, before)) if by != place
+            ]
+            if others:
+                report.add(f"{place}.{key}", f"is what {others[0]} decides; remove one of the two")
+            before |= dict.fromkeys(names, f"{place}.{key}")
     for place in [place for place in places if place.startswith("variants.")]:
-        varied = dict.fromkeys(places[place], place) | varied
+        varied = {name: place for key, value in places[place].items() for name in _names(key, value)} | varied
     for change in given:
-        if change.key in varied:
-            report.add(change.key, f"is what {varied[change.key]} decides; change it there", COMMAND_LINE)
+        if others := list(_deciding(change.key, varied)):
+            report.add(change.key, f"is what {others[0]} decides; change it there", COMMAND_LINE)
+
+
+def _names(key: str, value: Any) -> Iterator[str]:
+    """Dotted names of all that a setting sets: those within a section, whose others stay as they are."""
+    if not (isinstance(value, dict) and value):
+        yield key
+        return
+    for inner, its in value.items():
+        yield from _names(f"{key}.{inner}", its)
+
+
+def _deciding(name: str, decided: Mapping[str, str]) -> Iterator[str]:
+    """What of `decided` (name -> what decides it) is `name`, the section that it is in, or a setting within it."""
+    for other, by in decided.items():
+        if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}."):
+            yield by
 
 
 def _find_recipe(file: SweepFile, path: Path, report: Report) -> Path:
