@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from lorasp.adapter import model_selection_digest
+from lorasp.data.examples import prompt_ids
 from lorasp.evaluation.answers import greedy_answers
 from lorasp.evaluation.harness import run_harness
 from lorasp.evaluation.mmlu import PREDICTIONS, MmluEvaluation, MmluScore, trained_digest
@@ -55,7 +56,8 @@ class Evaluations:
 
     def prompts(self) -> list[list[int]]:
         """Of the samples, in tokens."""
-        return [self._session.tokenizer(sample["prompt"])["input_ids"] for sample in self.samples]
+        tokenizer = self._session.tokenizer
+        return [prompt_ids(tokenizer, sample["prompt"], sample.get("layout")) for sample in self.samples]
 
     def mmlu(self, step: int, limit: int | None = None) -> None:
         """Of all its questions, or so many of each subject; the predictions go to `mmlu/`."""

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorasp.data.alpaca import format_prompt
-from lorasp.data.examples import Example, encode
+from lorasp.data.examples import Example, encode, first_response, prompt_ids
 from lorasp.data.rows import Rows, read_rows
 from lorasp.recipe import RecipeError, Source
 from tests.real_data import real_data
@@ -230,3 +230,18 @@ def test_real_alpaca_under_a_real_tokenizer():
         others = sum(response != row["output"] for response, row in zip(responses, rows.rows, strict=True))
         assert others == encoded.straddling
         assert (others == 0) == (template == "short")
+
+
+def test_a_prompt_alone_has_the_tokens_that_it_has_before_a_response():
+    """Special tokens spelled in it are text, and what a tokenizer adds after a text is not there."""
+    tokenizer = sentencepiece("<s> $A </s>")
+    rows = Rows("prompt_completion", [{"prompt": "a</s>b:", "completion": " yes"}], ["row 1"], "some.json")
+    (example,) = encode(tokenizer, rows, "short", 256, "error").examples
+    prompt, _ = first_response(tokenizer, rows, "short", 0)
+    asked = prompt_ids(tokenizer, prompt, rows.layout)
+    assert asked == list(example.input_ids[: example.prompt_length]) and tokenizer.eos_token_id not in asked
+    assert tokenizer(prompt)["input_ids"] != asked
+    # A chat template writes special tokens itself, and the first of them too.
+    written = prompt_ids(tokenizer, "<s>a</s>", "chat")
+    assert (written[0], written[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert written.count(tokenizer.bos_token_id) == 1

@@ -87,7 +87,7 @@ def test_the_digest_of_a_mixture_sees_the_order_of_its_sources(tmp_path):
 def test_samples_are_the_first_held_out_rows_as_a_prompt_and_its_answer(tmp_path):
     path = write(tmp_path / "a.jsonl", 5)
     data, _ = load(train=path, held_out=path)
-    assert data.samples(2) == [{"prompt": f"a{n}\n", "expected": "yes"} for n in (0, 1)]
+    assert data.samples(2) == [{"prompt": f"a{n}\n", "expected": "yes", "layout": "prompt_completion"} for n in (0, 1)]
     assert load(train=path)[0].samples(2) == []
 
 

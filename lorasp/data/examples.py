@@ -160,6 +160,16 @@ def first_response(tokenizer: PreTrainedTokenizerBase, data: Rows, template: str
     return text[: spans[0][0]], answer
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, layout: str | None) -> list[int]:
+    """The tokens of a prompt that stands alone, as `encode` makes them of one before a response.
+
+    layout: of the rows, of which "chat" tells that the prompt is a chat template's, with special tokens in it.
+    """
+    is_chat = layout == "chat"
+    its = tokenizer(prompt, add_special_tokens=False, split_special_tokens=not is_chat, verbose=False)["input_ids"]
+    return its if is_chat else [*_tokens_before_a_text(tokenizer), *its]
+
+
 class _Texts:
     """The texts of `data`, with the spans of their responses in characters, and what of them is not tokenized."""
 

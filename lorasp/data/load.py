@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorasp.data.examples import EncodedExamples, Example, encode, first_response
+from lorasp.data.examples import EncodedExamples, Example, encode, first_response, prompt_ids
 from lorasp.data.order import SampleOrder
 from lorasp.data.rows import Rows, content, read_rows
 from lorasp.data.sources import hub_snapshot, is_on_hub
@@ -100,7 +100,7 @@ class RunData:
         return section
 
     def samples(self, count: int) -> list[dict[str, str]]:
-        """`prompt` and `expected` of the first held-out examples, to be answered before and after training.
+        """`prompt`, `expected` and `layout` of the first held-out examples, to be answered before and after training.
 
         Not of a prompt without a token (an empty one, where the tokenizer puts no BOS before it): nothing follows it.
         """
@@ -111,14 +111,9 @@ class RunData:
             if len(samples) == count:
                 break
             prompt, expected = first_response(self.tokenizer, rows, self.template, row)
-            if rows.layout == "chat" and self.tokenizer.bos_token and self._adds_bos():
-                prompt = prompt.removeprefix(self.tokenizer.bos_token)  # the tokenizer puts it there again
-            if self.tokenizer(prompt)["input_ids"]:
-                samples.append({"prompt": prompt, "expected": expected})
+            if prompt_ids(self.tokenizer, prompt, rows.layout):
+                samples.append({"prompt": prompt, "expected": expected, "layout": rows.layout})
         return samples
-
-    def _adds_bos(self) -> bool:
-        return self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id
 
     def _sets(self) -> Iterator[tuple[str, DataSet]]:
         yield "train", self.train

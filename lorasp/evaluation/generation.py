@@ -4,6 +4,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from lorasp.data.alpaca import format_prompt
+from lorasp.data.examples import prompt_ids
 from lorasp.models.causal_lm import CausalLM
 from lorasp.recipe import RecipeError
 
@@ -24,8 +25,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str, format: str, in
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     elif format != "none":
         text = format_prompt({"instruction": text, "input": input}, format)
-    # Spaces before a response are the response's (see lorasp/data/examples.py), and a chat template writes BOS itself.
-    tokens = tokenizer(text.rstrip(" "), add_special_tokens=format != "chat")["input_ids"]
+    tokens = prompt_ids(tokenizer, text.rstrip(" "), format)  # spaces before a response are the response's
     if not tokens:
         raise RecipeError(
             "the prompt is empty, and this tokenizer puts no token before a text; give a word to begin with"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lorasp.adapter import adapted_linears
 from lorasp.data.alpaca import format_prompt
+from lorasp.data.examples import prompt_ids
 from lorasp.finished_run import FinishedRun
 from lorasp.models.build import filled_units
 from lorasp.models.causal_lm import CausalLM
@@ -123,9 +124,12 @@ def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
 
 def _prompts(run: FinishedRun, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[Tensor]:
     template = run.recipe.data.template
-    texts = [sample["prompt"] for sample in run.report.get("samples", []) if tokenizer(sample["prompt"])["input_ids"]]
-    texts = texts[:3] or [format_prompt({"instruction": question, "input": ""}, template) for question in _QUESTIONS]
-    return [torch.tensor([tokenizer(text)["input_ids"][-_PROMPT_TOKENS:]], device=device) for text in texts]
+    samples = [(sample["prompt"], sample.get("layout")) for sample in run.report.get("samples", [])]
+    asked = [ids for sample in samples if (ids := prompt_ids(tokenizer, *sample))][:3]
+    if not asked:
+        texts = [format_prompt({"instruction": question, "input": ""}, template) for question in _QUESTIONS]
+        asked = [prompt_ids(tokenizer, text, "alpaca") for text in texts]
+    return [torch.tensor([ids[-_PROMPT_TOKENS:]], device=device) for ids in asked]
 
 
 def _load_export(run: FinishedRun, directory: Path, kind: str, adapter: Path, device: torch.device) -> PreTrainedModel:
