@@ -19,6 +19,8 @@ def main() -> int:
     recipe = recipe_from_command_line(__doc__)
     if recipe.kind != "causal_lm":
         raise RecipeError(f"task: what is shown are rows of instruction data, and task {recipe.task} has its own")
+    if recipe.data.is_random:
+        raise RecipeError("data.train: random tokens are no rows to look at; give a file, or a hub data set")
 
     from rich.console import Console
 

@@ -1,9 +1,16 @@
 import io
+import json
+import runpy
 
+import pytest
 from rich.console import Console
 
 from lorasp.data.examples import Example
-from lorasp.data.inspection import as_trained, histogram
+from lorasp.data.inspection import as_trained, counts, histogram
+from lorasp.data.load import load_data
+from lorasp.recipe import Recipe, RecipeError
+from tests.distributed.launching import ROOT
+from tests.test_examples import byte_level
 from tests.tiny_models import BOS, EOS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -44,3 +51,23 @@ def test_every_example_is_counted_in_the_range_of_its_length():
         ["23", "to", "24", "2"],
     ]
     assert len(lines) == 12 and sum(int(line.split()[3]) for line in lines) == 6
+
+
+def test_random_tokens_are_not_shown(monkeypatch):
+    arguments = ["inspect_data.py", str(ROOT / "recipes" / "rehearsal_7b.yaml"), "data.train=random"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(RecipeError, match="data.train: random tokens are no rows to look at"):
+        runpy.run_path(str(ROOT / "launch" / "inspect_data.py"))["main"]()
+
+
+def test_responses_that_lose_characters_to_a_token_of_the_prompt_are_counted(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": "a", "input": "", "output": text} for text in ('"It is"', "It is")]))
+    settings = Recipe(model={"path": "unused"}, data={"train": str(path), "template": "alpaca"})
+    found = load_data(settings, byte_level())
+    (line,) = found.describe()
+    assert line.endswith("; 1 with a token across the edge of a response, which is not trained")
+    assert found.report()["train"]["straddling"] == 1
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(counts(found))
+    assert ["across", "an", "edge", "1"] in [line.split() for line in stream.getvalue().splitlines()]

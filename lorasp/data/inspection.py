@@ -53,6 +53,7 @@ def counts(data: RunData) -> Table:
         "tokens an example": lambda found: f"{found.token_count / len(found.examples):.1f}",
         "longest": lambda found: f"{max(len(example.input_ids) for example in found.examples):,}",
         "cut": lambda found: f"{sum(part.encoded.truncated for part in found.parts):,}",
+        "across an edge": lambda found: f"{sum(part.encoded.straddling for part in found.parts):,}",
         "dropped": lambda found: (
             f"{sum(p.rows.dropped_empty + p.encoded.spelled + p.encoded.dropped for p in found.parts):,}"
         ),

@@ -76,6 +76,7 @@ class RunData:
                     (part.encoded.spelled, "dropped as a message spells a special token of the tokenizer"),
                     (part.encoded.dropped, "dropped as too long (data.max_length)"),
                     (part.encoded.truncated, "with their response cut (data.max_length)"),
+                    (part.encoded.straddling, "with a token across the edge of a response, which is not trained"),
                 ):
                     if count:
                         line += f"; {count:,} {fate}"
@@ -197,4 +198,5 @@ def _report(part: Part) -> dict[str, Any]:
         "dropped_special_tokens": part.encoded.spelled,
         "dropped_too_long": part.encoded.dropped,
         "truncated": part.encoded.truncated,
+        "straddling": part.encoded.straddling,
     }
