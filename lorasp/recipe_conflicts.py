@@ -103,9 +103,9 @@ def _conflicts_with_task(recipe: "Recipe") -> Iterator[Conflict]:
         for key in sorted(recipe.translation.model_fields_set):
             if getattr(recipe.translation, key) != type(recipe.translation).model_fields[key].default:
                 yield (f"translation.{key}", "task"), f"task {recipe.task} translates nothing; remove this setting"
+    if recipe.kind != "classification" and recipe.method == "lorasp" and "head" in recipe.adapter.model_fields_set:
+        yield ("adapter.head", "task"), "a language model's head is not trained; remove this setting"
     if recipe.kind == "causal_lm":
-        if recipe.method == "lorasp" and "head" in recipe.adapter.model_fields_set:
-            yield ("adapter.head", "task"), "a causal language model's head is not trained; remove this setting"
         return
     if recipe.kind == "classification" and not isinstance(recipe.data.train, str):
         yield ("data.train", "task"), f"task {recipe.task} has one data set; give GLUE's directory, or its hub name"

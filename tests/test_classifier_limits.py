@@ -86,7 +86,11 @@ def test_products_of_the_head_are_counted_for_a_row_and_not_for_a_token(place):
         ({"mmlu": {"data": "cais/mmlu"}}, "mmlu.data: it asks a causal language model, not one of task rte"),
         ({"data": {"train": [{"path": "a"}]}}, "data.train: task rte has one data set; give GLUE's directory"),
         ({"task": "causal_lm", "data": {"selection": 0.1}}, "data.selection: task causal_lm has no use for it"),
-        ({"task": "causal_lm", "adapter": {"head": "whole"}}, "adapter.head: a causal language model's head"),
+        ({"task": "causal_lm", "adapter": {"head": "whole"}}, "adapter.head: a language model's head is not trained"),
+        (
+            {"task": "wmt16_en_ro", "adapter": {"head": "whole"}},
+            "adapter.head: a language model's head is not trained",
+        ),
         ({"method": "lora", "adapter": {"head": "whole"}}, "adapter.head: method lora trains all"),
         ({"method": "full", "quantization": {"format": "nf4"}}, "quantization.format: method full trains the weights"),
     ],
