@@ -128,3 +128,13 @@ def test_no_step_has_larger_units_than_the_largest():
         assert sum(tokens) >= most(lambda unit: sum(LENGTHS[row] for row in unit))
         assert sum(labels) >= most(lambda unit: sum(examples[row].label_count for row in unit))
         assert 3 <= len(largest) <= 6  # and they are no more than those of two steps
+
+
+def test_no_epoch_is_packed_that_max_steps_ends_before(monkeypatch):
+    whole, packed = make(pack_to=60, epochs=20), []
+    monkeypatch.setattr(
+        "lorasp.data.order.pack", lambda lengths, capacity: packed.append(1) or pack(lengths, capacity)
+    )
+    short = make(pack_to=60, epochs=20, max_steps=2)
+    assert (short.total_steps, len(packed)) == (2, -(-2 * short.global_batch_size // len(whole._epoch(0))))
+    assert stream(short) == [unit for step in range(2) for unit in whole.global_batch(step)]

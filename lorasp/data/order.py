@@ -54,8 +54,14 @@ class SampleOrder:
         total = max(1, round(an_epoch * epochs))
         self._visits = [min(an_epoch, total - start) for start in range(0, total, an_epoch)]  # of each epoch
         # Where each epoch begins in the stream of units. How many packs an epoch makes is known once it is packed.
+        # Of epochs that `max_steps` ends before, that is of no matter.
         sizes = self._visits if pack_to is None else (len(self._packs(epoch)) for epoch in range(len(self._visits)))
-        self._starts = [0, *itertools.accumulate(sizes)]
+        needed = math.inf if max_steps is None else max_steps * global_batch_size
+        self._starts = [0]
+        for end in itertools.accumulate(sizes):
+            self._starts.append(end)
+            if end >= needed:
+                break
         steps = math.ceil(self._starts[-1] / global_batch_size)
         self.total_steps = steps if max_steps is None else min(steps, max_steps)
         self._epoch = lru_cache(maxsize=2)(self._units)  # a global batch that spans two epochs needs both
