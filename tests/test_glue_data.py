@@ -211,3 +211,9 @@ def test_the_real_files_are_whole(task, train, dev):
     for file, count in (("train", train), ("dev", dev)):
         _, rows, incomplete, _ = _of_directory(GLUE[task], recipe, file, "")
         assert (len(rows), incomplete) == (count, 0)
+
+
+def test_a_length_that_leaves_no_room_for_a_word_is_refused(tmp_path):
+    root = write_rte(tmp_path)
+    with pytest.raises(RecipeError, match="data.max_length=3 leaves no room for a word beside the 3 tokens"):
+        load(root, "rte", max_length=3)

@@ -300,6 +300,12 @@ def _encode(
     columns = [list(column) for column in zip(*(row.sentences for row in rows), strict=True)]
     how = {"return_token_type_ids": True, "return_attention_mask": False, "verbose": False}
     how["split_special_tokens"] = True  # "[SEP]" in a sentence is text
+    around = tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
+    if max_length <= around:
+        raise RecipeError(
+            f"data.max_length={max_length} leaves no room for a word beside the {around} tokens that the tokenizer "
+            f"puts around it; raise it"
+        )
     encoded = tokenizer(*columns, **how)
     examples, truncated = [], 0
     for index, row in enumerate(rows):
