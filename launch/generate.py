@@ -9,6 +9,7 @@ line is a prompt of its own. --template says what a prompt is put into: Alpaca's
 tokenizer's chat template, or nothing. Answers go to stdout, all else to stderr.
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     options = parser.parse_args()
     refuse_several_processes()
-    if options.max_new_tokens < 1 or options.temperature < 0:
-        raise RecipeError("--max-new-tokens must be at least 1, --temperature at least 0")
+    if options.max_new_tokens < 1 or not 0 <= options.temperature < math.inf:
+        raise RecipeError("--max-new-tokens must be at least 1, --temperature a number that is at least 0")
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -65,7 +66,10 @@ def _asked() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"the prompts on stdin are not in {error.encoding}; convert them (iconv)") from None
         if not line:
             return
         if line.strip():

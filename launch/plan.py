@@ -19,7 +19,7 @@ from lorasp.cli import argument_parser, refuse_several_processes, run_reporting_
 from lorasp.recipe import RecipeError
 from lorasp.recipe_loading import load_recipe
 
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SWEPT = (1, 2, 4, 8, 16)
 DOES_NOT_FIT = 1
 
@@ -70,13 +70,16 @@ def main() -> int:
     if picture is not None:
         from lorasp.reporting.plots import draw_sweep
 
-        lengths = sorted({recipe.data.max_length // 2, recipe.data.max_length, 2 * recipe.data.max_length})
+        lengths = sorted({max(1, recipe.data.max_length // 2), recipe.data.max_length, 2 * recipe.data.max_length})
         swept = {}
         for length in lengths:
             longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
             swept[length] = {n: plan(longer, config, **how | {"world_size": n}, traces=own_traces) for n in _SWEPT}
         print(f"\n{format_sweep(swept)}")
-        draw_sweep({n: {ranks: its.highest for ranks, its in of.items()} for n, of in swept.items()}, picture)
+        try:
+            draw_sweep({n: {ranks: its.highest for ranks, its in of.items()} for n, of in swept.items()}, picture)
+        except OSError as error:
+            raise RecipeError(f"--sweep: {picture} cannot be written ({error.strerror}); name another place") from None
         print(f"\ndrawn: {picture}")
     if fit is not None:
         found = list(plans_that_fit(recipe, config, limit_bytes=fit, **how))

@@ -1,7 +1,9 @@
 """Exports against plain transformers and peft: our logits, bit-equal codes, and nothing half-written."""
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from lorasp.quantization import ShardedLinear
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.reporting.console import Console
 from lorasp.reporting.run_report import build_report, rank_phases, write_report
+from tests.distributed.launching import ROOT
 from tests.test_evaluation import Unsharded
 from tests.tiny_models import EOS, byte_tokenizer, save_model
 
@@ -692,3 +695,13 @@ def test_prompts_are_put_into_what_training_put_them_into(made, bases):
         (run_dir / "report.json").write_text(json.dumps(report))
         assert read_run(run_dir).prompt_format == format
         assert prompt_tokens(tokenizer, "ash", format) == expected
+
+
+def test_prompts_that_are_no_text_and_temperatures_that_are_no_number_are_told(monkeypatch):
+    script = runpy.run_path(str(ROOT / "launch" / "generate.py"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(RecipeError, match="the prompts on stdin are not in utf-8; convert them"):
+        list(script["_asked"]())
+    monkeypatch.setattr("sys.argv", ["generate.py", "run", "x", "--temperature", "nan"])
+    with pytest.raises(RecipeError, match="--temperature a number that is at least 0"):
+        script["main"]()

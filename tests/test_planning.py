@@ -327,6 +327,8 @@ def test_the_command_needs_neither_deepspeed_nor_bitsandbytes(tmp_path):
     ("arguments", "said"),
     [
         (["--gpu-memory", "24GuB"], "'24GuB' is no size; write 24GiB"),
+        (["--gpu-memory", "24"], "'24' is no size; write 24GiB"),
+        (["data.max_length=1", "--sweep", "/proc/x.png"], "--sweep: /proc/x.png cannot be written (No such file"),
         (["--sweep", "picture.jpg"], "write one that ends in .png"),
         (["--world-size", "0"], "a run has at least one rank"),
         (["--world-size", "3"], "do not divide over 3 ranks"),
