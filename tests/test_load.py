@@ -3,6 +3,7 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from lorasp.data.examples import prompt_ids
 from lorasp.data.load import load_data
 from lorasp.recipe import Recipe, RecipeError
 from lorasp.recipe_loading import load_recipe
@@ -87,7 +88,7 @@ def test_the_digest_of_a_mixture_sees_the_order_of_its_sources(tmp_path):
 def test_samples_are_the_first_held_out_rows_as_a_prompt_and_its_answer(tmp_path):
     path = write(tmp_path / "a.jsonl", 5)
     data, _ = load(train=path, held_out=path)
-    assert data.samples(2) == [{"prompt": f"a{n}\n", "expected": "yes", "layout": "prompt_completion"} for n in (0, 1)]
+    assert data.samples(2) == [{"prompt": f"a{n}\n", "expected": "yes"} for n in (0, 1)]
     assert load(train=path)[0].samples(2) == []
 
 
@@ -150,3 +151,19 @@ def test_a_prompt_without_a_token_is_no_sample_to_answer(tmp_path):
     assert [sample["prompt"] for sample in load_data(recipe, with_bos).samples(2)] == ["", "a"]
     data = load_data(recipe, without)
     assert [example.label_count for example in data.held_out.examples] == [3, 4, 4, 4]  # of yes and EOS
+
+
+def test_a_chats_sample_is_asked_with_the_tokens_that_training_gave_it(tmp_path):
+    """BOS once, as the template writes it, whatever the tokenizer puts before a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = [{"role": "user", "content": "ash"}, {"role": "assistant", "content": "elm"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": messages}]))
+    data = load_data(Recipe(model={"path": "unused"}, data={"train": str(path), "held_out": str(path)}), tokenizer)
+    [sample], [example] = data.samples(1), data.held_out.examples
+    asked = prompt_ids(tokenizer, sample["prompt"], sample["layout"])
+    assert asked == list(example.input_ids[: example.prompt_length]) and asked.count(tokenizer.bos_token_id) == 1
+    assert tokenizer(sample["prompt"])["input_ids"] != asked

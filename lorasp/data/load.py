@@ -101,7 +101,8 @@ class RunData:
         return section
 
     def samples(self, count: int) -> list[dict[str, str]]:
-        """`prompt`, `expected` and `layout` of the first held-out examples, to be answered before and after training.
+        """`prompt` and `expected` of the first held-out examples, to be answered before and after training; of a chat
+        also its `layout`, by which `prompt_ids` takes special tokens in the prompt for what they are.
 
         Not of a prompt without a token (an empty one, where the tokenizer puts no BOS before it): nothing follows it.
         """
@@ -113,7 +114,8 @@ class RunData:
                 break
             prompt, expected = first_response(self.tokenizer, rows, self.template, row)
             if prompt_ids(self.tokenizer, prompt, rows.layout):
-                samples.append({"prompt": prompt, "expected": expected, "layout": rows.layout})
+                its_layout = {"layout": "chat"} if rows.layout == "chat" else {}
+                samples.append({"prompt": prompt, "expected": expected, **its_layout})
         return samples
 
     def _sets(self) -> Iterator[tuple[str, DataSet]]:
