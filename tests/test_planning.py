@@ -37,10 +37,9 @@ TRACES: dict[tuple, Traces] = {}
 
 
 def traces_of(settings, config, dtype=torch.bfloat16):
-    """Shared by this file's tests, of all that few layers of a model follow from: to make one takes a second."""
+    """Shared by this file's tests, of all that a model follows from: to make one takes a second."""
     sections = settings.model_dump(include={"model", "method", "adapter", "quantization", "selection"})
-    layer = {name: value for name, value in config.to_dict().items() if name != "num_hidden_layers"}
-    return TRACES.setdefault((str(sections), str(layer), dtype), Traces())
+    return TRACES.setdefault((str(sections), str(config.to_dict()), dtype), Traces())
 
 
 def planned(settings, world_size=1, dtype=torch.bfloat16, **how):
@@ -131,11 +130,13 @@ def test_a_layer_more_keeps_what_the_policy_says(policy):
     """Traced, against the formula of models/recompute.py: 32 layers against 40 of the same width would show it."""
     settings = recipe(micro=1, training={"activation_checkpointing": policy})
     config = load_config(locate_model(settings.model), settings.model)
-    how = {"world_size": 1, "dtype": torch.bfloat16, "traces": traces_of(settings, config)}
-    config.num_hidden_layers = 10
-    ten = plan(settings, config, **how).phases["train"]["activations"]
-    config.num_hidden_layers = 20
-    twenty = plan(settings, config, **how).phases["train"]["activations"]
+
+    def activations(layers):
+        config.num_hidden_layers = layers
+        how = {"world_size": 1, "dtype": torch.bfloat16, "traces": traces_of(settings, config)}
+        return plan(settings, config, **how).phases["train"]["activations"]
+
+    ten, twenty = activations(10), activations(20)
     told = 10 * 256 * kept_bytes_per_token(policy, config, 2)
     assert twenty - ten == pytest.approx(told, rel=0.01)
 
