@@ -7,8 +7,9 @@ python launch/benchmark.py --ranks 1 --cases full_rows_7b --batch 4 --length 102
 
 Needs `pip install peft` and Alpaca in $LORASP_DATA (default: ../shared/data). Both sides train at rank 16 on all
 linears with NF4 and ZeRO-3, in the same precision, with the same allocator settings and threads; they take turns in
-every round. `same_examples`: both train the same examples in the same steps, padded by the stack, unpadded by ours.
-`full_rows`: rows filled to their length, joined end to end by the stack, whole examples side by side by ours.
+every round. Every token is a label on both. `same_examples`: both train the same examples in the same steps, padded by
+the stack, unpadded by ours. `full_rows`: rows filled to their length with the same examples in the same order, joined
+end to end by the stack, whole ones side by side by ours (of 256 tokens: 1.4 % fewer labels a step).
 `width_7b`: load and train layers of LLaMA-7B's true width with random weights (8: 4 GB of disk, 14 of memory);
 `full_rows_7b`: full rows on those, for GPUs, where the stack's clock stops before the last kernels of a step do.
 """
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,8 @@ STACK = "stack"
 _WARM_UP = 2  # steps of every process that are not counted: allocations, and ZeRO-3's trace
 _RANK = 16
 _ROUNDED_APART = 2**-8  # of losses in bf16, as a GPU computes
+_FULL_APART = 0.05  # of labels a step in full rows: whole examples do not fill theirs to the last token
+_STACK_READS = 4000  # rows of a file, where it fills rows with them
 _POLICIES = ["selective", "lean", "layer"]
 _STACK_IN_WORDS = "PEFT + bitsandbytes + Accelerate + ZeRO-3"
 # What a process of either side holds before it does anything: subtracted from every peak on a CPU.
@@ -88,7 +92,8 @@ class Measured:
     """Of one side in one case: seconds of every counted step, and peaks of the worst rank in bytes.
 
     train_peak: of the whole process, loading included, as the stack measures it. live_peak: bytes in tensors at once,
-    from a turn of its own whose seconds do not count; 0 where there was none.
+    from a turn of its own whose seconds do not count; 0 where there was none. real_tokens, labels: a step, over all
+    ranks.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -96,13 +101,12 @@ class Measured:
     train_peak: int = 0
     live_peak: int = 0
     first_loss: float = 0.0
-    real_tokens: float = 0.0  # a step, over all ranks
+    real_tokens: float = 0.0
+    labels: float = 0.0
     mfu: list[float] = field(default_factory=list)  # ours: as the report of each turn says it
 
 
-_FULL_ROWS = {
-    f"ours, {policy}": ["data.packing=true", f"training.activation_checkpointing={policy}"] for policy in _POLICIES
-}
+_FULL_ROWS = {f"ours, {policy}": [f"training.activation_checkpointing={policy}"] for policy in _POLICIES}
 CASES = {
     "same_examples": Case("the same examples, each step", {"ours": []}),
     "full_rows": Case("full rows", _FULL_ROWS, packed=True),
@@ -159,10 +163,7 @@ class Benchmark:
         for side, measured in found.items() if options.live else ():
             print(f"{case.title}, bytes of tensors: {side}", file=sys.stderr, flush=True)
             self._run(side, work, measured, live=True)
-        losses = [measured.first_loss for measured in found.values()]
-        apart = _ROUNDED_APART if _has_gpu() else 1e-3
-        if not case.packed and max(losses) - min(losses) > apart * min(losses):
-            raise RecipeError(f"the sides do not train the same examples: the first step's losses are {losses}")
+        _check_same_work(case, found.values())
         return found
 
     def _run(self, side: str, work: "Workload", measured: Measured, live: bool = False) -> None:
@@ -231,8 +232,23 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _check_same_work(case: Case, sides: Collection[Measured]) -> None:
+    """Raises RecipeError unless all train as many labels a step, and, where rows are examples, at the same loss.
+
+    In full rows the stack's tokens attend to the examples before theirs: its loss is another.
+    """
+    labels = [measured.labels for measured in sides]
+    if max(labels) - min(labels) > (_FULL_APART if case.packed else 1e-6) * max(labels):
+        raise RecipeError(f"the sides do not train as many labels: {labels} a step")
+    losses = [measured.first_loss for measured in sides]
+    apart = _ROUNDED_APART if _has_gpu() else 1e-3
+    if not case.packed and max(losses) - min(losses) > apart * min(losses):
+        raise RecipeError(f"the sides do not train the same examples: the first step's losses are {losses}")
+
+
 def _mfu(measured: Measured, sides: dict[str, Measured]) -> float:
-    """The stack's needs as many FLOPs a token, at the same limit: by its rate of tokens beside that of our first."""
+    """The stack's needs as many FLOPs a token, every one of which is a label (_check_same_work), at the same limit: by
+    its rate of tokens beside that of our first."""
     ours = next(m for side, m in sides.items() if side != STACK)
 
     def rate(m: Measured) -> float:
@@ -259,7 +275,10 @@ class Workload:
         self._write_data()
 
     def _write_data(self) -> None:
-        """Ours in the file's order; the stack's, which it reads in sequence, in the order in which ours visits it."""
+        """Ours in the file's order; the stack's, which it reads in sequence, in the order in which ours visits it.
+
+        For full rows more than ours visits: the stack's have no room left, so that it gets a little further.
+        """
         from lorasp.data.load import load_data
         from lorasp.models.weights import load_tokenizer
 
@@ -267,21 +286,22 @@ class Workload:
         if not data.is_file():
             raise RecipeError(f"{data} is missing; set LORASP_DATA to the folder that holds alpaca/alpaca_data.json")
         rows = [row for row in json.loads(data.read_text()) if row["output"]]
-        (self._directory / "packed.json").write_text(json.dumps(rows))
-        rows = rows[: self._total * self._global_batch]
+        rows = rows[: _STACK_READS if self.case.packed else self._total * self._global_batch]
+        # No prompt: every token is a label, as the stack has it.
         texts = [{"prompt": "", "completion": f"{r['instruction']}\n{r['input']}\n{r['output']}"} for r in rows]
         (self._directory / "ours.json").write_text(json.dumps(texts))
-        recipe = Recipe(**self._settings(packed=False))
+        recipe = Recipe(**self._settings())
         loaded = load_data(recipe, load_tokenizer(self._model, recipe.model))
-        order = loaded.order(recipe)
+        [part], order = loaded.train.parts, loaded.order(recipe)
         steps = [[row for unit in order.global_batch(step) for row in unit] for step in range(self._total)]
-        self._lengths = [[len(loaded.train.examples[row].input_ids) for row in step] for step in steps]
-        (self._directory / "stack.json").write_text(json.dumps([rows[row] for step in steps for row in step]))
+        self._lengths = [[len(part.encoded.examples[row].input_ids) for row in step] for step in steps]
+        visited = [row for step in steps for row in step]
+        visited += sorted(set(range(len(part.encoded.rows))) - set(visited))
+        (self._directory / "stack.json").write_text(json.dumps([rows[part.encoded.rows[row]] for row in visited]))
 
-    def _settings(self, packed: bool) -> dict:
-        # Full rows need more examples than steps of single ones do. Short ones have no room for a few of them.
-        rows = {"train": "packed.json", "template": "short", "limit": 4000, "too_long": "drop"}
-        data = rows if packed else {"train": "ours.json"}
+    def _settings(self) -> dict:
+        # In full rows the stack has examples whole, and its are ours: those that no row holds are left out.
+        filled = {"packing": True, "too_long": "drop"} if self.case.packed else {}
         return {
             "name": "ours",
             "output_dir": str(self._directory / "runs"),
@@ -290,7 +310,7 @@ class Workload:
             "model": {"path": str(self._model)},
             "adapter": {"rank": _RANK, "alpha": 2.0 * _RANK},
             "quantization": {"cache": False},  # the stack quantizes at each start
-            "data": {**data, "train": str(self._directory / data["train"]), "max_length": self._length},
+            "data": {"train": str(self._directory / "ours.json"), "max_length": self._length, **filled},
             "training": {
                 "epochs": 1.0,
                 "max_steps": self._total,
@@ -305,14 +325,13 @@ class Workload:
 
     def our_command(self, overrides: list[str]) -> list[str]:
         recipe = self._directory / "ours.yaml"
-        recipe.write_text(json.dumps(self._settings(self.case.packed)))  # JSON is YAML
+        recipe.write_text(json.dumps(self._settings()))  # JSON is YAML
         return [str(ROOT / "launch" / "train.py"), str(recipe), *overrides]
 
     def stack_command(self) -> list[str]:
-        data = self._directory / ("packed.json" if self.case.packed else "stack.json")
         arguments = [self._total, self._batch, self._length, _RANK, *(["packed"] if self.case.packed else [])]
         script = ROOT / "launch" / "peers" / "stock_qlora_zero3.py"
-        return [str(script), str(self._model), str(data), *map(str, arguments)]
+        return [str(script), str(self._model), str(self._directory / "stack.json"), *map(str, arguments)]
 
     def read_ours(self, measured: Measured) -> None:
         report = json.loads((self._directory / "runs" / "ours" / "report.json").read_text())
@@ -320,8 +339,9 @@ class Workload:
         measured.seconds += [row["step_seconds"] for row in history[_WARM_UP:]]
         measured.first_loss = history[0]["loss"]
         measured.mfu.append(report["throughput"]["mfu"])
-        measured.real_tokens = statistics.mean(
-            row["step_seconds"] * row["real_tokens_per_second"] for row in history[_WARM_UP:]
+        measured.real_tokens, measured.labels = (
+            statistics.mean(row["step_seconds"] * row[f"{kind}_per_second"] for row in history[_WARM_UP:])
+            for kind in ("real_tokens", "labels")
         )
         phases = report["phases"]
         peaks = {name: max(rank["peak_total_bytes"] for rank in phase["ranks"]) for name, phase in phases.items()}
@@ -343,8 +363,9 @@ class Workload:
         # It tells the mean of all its steps, also of those that are not counted: of single examples not the same.
         counted = statistics.mean(sum(lengths) for lengths in self._lengths[_WARM_UP:])
         measured.real_tokens = sum(rank["real_tokens"] for rank in ranks) if self.case.packed else counted
+        measured.labels = measured.real_tokens - self._global_batch  # nothing stands before a row's first token
         # Its loss is a rank's own mean: weighted by their labels, the mean of the global batch.
-        lengths = iter(self._lengths[0])
+        lengths = iter([self._length] * self._global_batch if self.case.packed else self._lengths[0])
         counts = [sum(next(lengths) - 1 for _ in range(self._batch)) for _ in range(self._ranks)]
         losses = [rank["loss"][0] for rank in ranks]
         measured.first_loss = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)

@@ -1,11 +1,15 @@
 """The benchmark's arithmetic: ratios to the stack, medians over rounds, peaks above an empty process."""
 
 import importlib.util
+import json
+import random
 from types import SimpleNamespace
 
 import pytest
 
-from lorasp.recipe import RecipeError
+from lorasp.data.load import load_data
+from lorasp.models.weights import load_tokenizer
+from lorasp.recipe import Recipe, RecipeError
 from tests.distributed.launching import ROOT
 
 _spec = importlib.util.spec_from_file_location("benchmark", ROOT / "launch" / "benchmark.py")
@@ -53,3 +57,61 @@ def test_sides_that_train_other_examples_are_found_out(theirs, on_gpu, refused, 
             made.run(benchmark.CASES["same_examples"])
     else:
         assert set(made.run(benchmark.CASES["same_examples"])) == {benchmark.STACK, "ours"}
+
+
+@pytest.mark.parametrize(("ours", "refused"), [(2020.0, False), (1900.0, True)])
+def test_full_rows_of_fewer_labels_are_found_out(ours, refused, monkeypatch):
+    made = bench()
+    monkeypatch.setattr(benchmark, "Workload", lambda *_: None)
+    labels = {benchmark.STACK: 2040.0, "ours, selective": ours, "ours, lean": ours}
+    losses = {benchmark.STACK: 3.0, "ours, selective": 2.0, "ours, lean": 2.0}  # by its tokens' other neighbours
+
+    def run(side, work, measured):
+        measured.labels, measured.first_loss = labels[side], losses[side]
+
+    monkeypatch.setattr(made, "_run", run)
+    if refused:
+        with pytest.raises(RecipeError, match=r"do not train as many labels: \[2040.0, 1900.0, 1900.0\] a step"):
+            made.run(benchmark.CASES["full_rows"])
+    else:
+        assert len(made.run(benchmark.CASES["full_rows"])) == 3
+
+
+@pytest.fixture
+def alpaca(tmp_path, monkeypatch):
+    """Rows in Alpaca's layout, a tenth of them too long for 256 tokens."""
+    (tmp_path / "alpaca").mkdir()
+    drawn = random.Random(0)
+    rows = []
+    for number in range(400):
+        words = drawn.choice([10, 20, 40, 80, 120]) if number % 10 else 400
+        output = " ".join(drawn.choice(["tree", "house", "of", "the", "river"]) for _ in range(words))
+        rows.append({"instruction": f"Say number {number}.", "input": "", "output": output})
+    (tmp_path / "alpaca" / "alpaca_data.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("LORASP_DATA", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["full_rows", "same_examples"])
+def test_both_sides_get_the_same_tokens_and_label_all_of_them(name, alpaca, tmp_path):
+    case = benchmark.CASES[name]
+    options = SimpleNamespace(ranks=2, batch=4, length=256, steps=2, layers=1)
+    work = benchmark.Workload(case, options, tmp_path)
+    recipe = Recipe(**work._settings())
+    tokenizer = load_tokenizer(work._model, recipe.model)
+    data = load_data(recipe, tokenizer)
+    order = data.order(recipe)
+    assert order.total_steps == 4
+    examples = data.train.examples
+    steps = [[row for unit in order.global_batch(step) for row in unit] for step in range(4)]
+    assert all(example.label_count == len(example.input_ids) - 1 for example in examples)
+
+    rows = json.loads((tmp_path / case.model / "stack.json").read_text())
+    texts = [f"{row['instruction']}\n{row['input']}\n{row['output']}{tokenizer.eos_token}" for row in rows]
+    theirs = [tokenizer(text).input_ids[:256] for text in texts]
+    assert theirs[: sum(map(len, steps))] == [list(examples[row].input_ids) for step in steps for row in step]
+    if case.packed:
+        joined = tokenizer("".join(texts)).input_ids
+        assert joined == [token for ids in theirs for token in ids]  # no example is cut
+        assert len(joined) > 4 * 8 * 256 and len(rows) == len(examples) == 360
+        labels = sum(examples[row].label_count for step in steps for row in step) / 4
+        assert labels == pytest.approx(8 * 255, rel=benchmark._FULL_APART)
