@@ -43,6 +43,7 @@ def main() -> int:
         raise RecipeError(f"--sweep: {picture} is no name of a picture; write one that ends in .png")
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.accumulation(options.world_size)  # refuses a batch that does not divide
+    recipe = recipe.on_ranks(options.world_size)
 
     gc.disable()  # imports make a million objects, which all stay: looking through them would take most of a second
     import torch

@@ -51,12 +51,16 @@ def main() -> int:
 
     dtype = compute_dtype(recipe)
     ranks = start_ranks(recipe, dtype)
+    asked, recipe = recipe, recipe.on_ranks(ranks.world_size)
     resumed = agreed_checkpoint(ranks, lambda: find_checkpoint(recipe, Console(ranks.is_main).warn))
     goes_on = resumed is not None and resumed.is_of(recipe.run_dir)  # a named one may be another run's
     run_dir = claim_run_directory(recipe, ranks, goes_on)
     product_limit = matrix_product_limit(ranks.device, dtype)  # before anything is measured
     log = RunLog(recipe, ranks, run_dir)
     log.console.info(f"{recipe.name}: {recipe.method}, {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
+    share = recipe.training.micro_batch_size
+    if share < asked.training.micro_batch_size:
+        log.console.info(f"micro batches of {share}, a rank's share, instead of {asked.training.micro_batch_size}")
     for setting in ranks.overruled:
         log.console.warn(f"the recipe overrules the launcher's {setting}")
     for lock in stale_build_locks():

@@ -237,7 +237,7 @@ class Training(Section):
     epochs: Positive = 3.0
     max_steps: Count | None = None  # ends the run before its epochs do
     global_batch_size: Count = 16  # examples (with data.packing: packs) an optimizer step, over all ranks
-    micro_batch_size: Count = 4  # examples (or packs) a forward pass, on one rank
+    micro_batch_size: Count = 4  # examples (or packs) a forward pass, on one rank: its share of those at most
     learning_rate: Positive = 2e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.03  # of all steps
@@ -452,16 +452,23 @@ class Recipe(Section):
 
     def accumulation(self, world_size: int) -> int:
         """Micro batches that each rank adds up for one optimizer step. Raises RecipeError if they do not come out."""
-        at_once = self.training.micro_batch_size * world_size
-        size = self.training.global_batch_size
+        size, micro_batch_size = self.training.global_batch_size, self.on_ranks(world_size).training.micro_batch_size
+        at_once = micro_batch_size * world_size
         if size % at_once:
             below, above = size // at_once * at_once, (size // at_once + 1) * at_once
             raise RecipeError(
                 f"training.global_batch_size: {size} examples do not divide over {world_size} ranks with "
-                f"micro batches of {self.training.micro_batch_size}; {f'{below} or ' if below else ''}{above} do, or "
+                f"micro batches of {micro_batch_size}; {f'{below} or ' if below else ''}{above} do, or "
                 f"change training.micro_batch_size"
             )
         return size // at_once
+
+    def on_ranks(self, world_size: int) -> "Recipe":
+        """The same, with micro batches no larger than a rank's share of the global batch."""
+        share = max(1, self.training.global_batch_size // world_size)
+        if share >= self.training.micro_batch_size:
+            return self
+        return self.model_copy(update={"training": self.training.model_copy(update={"micro_batch_size": share})})
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that the run uses, ready for JSON; `Recipe(**recipe.to_dict())` is the same recipe."""

@@ -315,7 +315,7 @@ def test_the_command_needs_neither_deepspeed_nor_bitsandbytes(tmp_path):
         "print(runpy.run_path('launch/plan.py')['main']())\n"
         "print([name for name in ('deepspeed', 'bitsandbytes') if name in sys.modules])"
     )
-    arguments = ["training.global_batch_size=8", "--gpu-memory", "24GiB", "--sweep", str(tmp_path / "sweep.png")]
+    arguments = ["--gpu-memory", "24GiB", "--sweep", str(tmp_path / "sweep.png")]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines()
     assert lines[-2:] == ["0", "[]"], done.stdout + done.stderr

@@ -277,10 +277,37 @@ def test_fractions_accepted_are_those_that_the_selection_can_draw() -> None:
 def test_accumulation_follows_from_the_world_size() -> None:
     recipe = minimal()  # 16 examples a step, 4 at once
     assert [recipe.accumulation(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
+    # A rank's share may be less than it would take at once.
+    assert [recipe.accumulation(world_size) for world_size in (8, 16)] == [1, 1]
+    assert [recipe.on_ranks(n).training.micro_batch_size for n in (1, 4, 8, 16)] == [4, 4, 2, 1]
     with pytest.raises(RecipeError, match=r"global_batch_size: 16 .* 3 ranks .* 12 or 24 do"):
         recipe.accumulation(3)
-    with pytest.raises(RecipeError, match=r"8 ranks with micro batches of 4; 32 do"):
-        recipe.accumulation(8)
+    with pytest.raises(RecipeError, match=r"6 ranks with micro batches of 2; 12 or 24 do"):
+        recipe.accumulation(6)
+    with pytest.raises(RecipeError, match=r"32 ranks with micro batches of 1; 32 do"):
+        recipe.accumulation(32)
+
+
+# Micro batches that each rank adds up, on 1, 2, 4 and 8 ranks; on none is a shipped recipe refused.
+ACCUMULATION = {
+    "llama13b_alpaca": [64, 32, 16, 8],
+    "llama7b_alpaca": [32, 16, 8, 4],
+    "minilm_glue": [2, 1, 1, 1],
+    "quickstart": [2, 1, 1, 1],
+    "rehearsal_13b": [8, 4, 2, 1],
+    "rehearsal_7b": [8, 4, 2, 1],
+    "roberta_base_glue": [2, 1, 1, 1],
+    "roberta_large_glue": [2, 1, 1, 1],
+    "smollm2_alpaca": [2, 1, 1, 1],
+    "t5_base_wmt16": [4, 2, 1, 1],
+    "t5_large_wmt16": [8, 4, 2, 1],
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_starts_on_one_two_four_and_eight_ranks(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert [recipe.accumulation(world_size) for world_size in (1, 2, 4, 8)] == ACCUMULATION[path.stem]
 
 
 def test_paths_are_found_beside_the_recipe_then_where_one_stands(tmp_path: Path, monkeypatch) -> None:

@@ -252,6 +252,9 @@ def test_a_finished_run_of_other_settings_is_refused_and_what_does_not_matter_is
     assert find_outcome(cell.run_dir, cell.recipe).kind == "finished"
     elsewhere = load_recipe("tiny.yaml", [*cell.overrides, "output_dir=elsewhere", "checkpoint.every_steps=3"])
     assert find_outcome(cell.run_dir, elsewhere).kind == "finished"
+    four = ({"train": 30},) * 4  # ranks, whose share of 8 examples is half of a micro batch
+    finished_run(cell.run_dir, cell.recipe.on_ranks(4), reported=split("held_out_loss", 2.0), ranks=four)
+    assert find_outcome(cell.run_dir, cell.recipe).kind == "finished"
     longer = load_recipe("tiny.yaml", [*cell.overrides, "training.epochs=9"])
     with pytest.raises(RecipeError, match=r"ended with other settings: training.epochs is 9.0, was 3.0\."):
         find_outcome(cell.run_dir, longer)

@@ -41,6 +41,7 @@ def find_outcome(run_dir: Path, recipe: Recipe) -> Outcome:
         report = json.loads(path.read_text(encoding="utf-8"))
         its = Recipe(**report["recipe"])
         status = report["status"]
+        recipe = recipe.on_ranks(report["world_size"])  # as train.py has it
     except (OSError, ValueError, LookupError, TypeError) as error:  # ValueError: JSON's and pydantic's
         reason = " ".join(str(error).split())
         raise RecipeError(

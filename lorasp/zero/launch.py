@@ -122,7 +122,7 @@ def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
 def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """The JSON of `ds_configs/` with what the recipe decides filled in."""
     config = json.loads(Path(recipe.deepspeed.config).read_text())
-    config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
+    config["train_micro_batch_size_per_gpu"] = recipe.on_ranks(world_size).training.micro_batch_size
     config["gradient_accumulation_steps"] = recipe.accumulation(world_size)
     config["gradient_clipping"] = recipe.training.max_grad_norm
     config["bf16"] = {"enabled": dtype == torch.bfloat16}

@@ -104,7 +104,8 @@ def runs(launch_run, plain, two, hostile):
         "python": (plain, 1),
         "accelerate without flags": (launch_run(accelerate, "flagless"), 1),
         "accelerate on 2": (two, 2),
-        "torchrun on 2": (launch_run(torchrun_on_two, "torchrun"), 2),
+        # Of a global batch of 8: a rank takes its 4.
+        "torchrun on 2": (launch_run(torchrun_on_two, "torchrun", "training.micro_batch_size=8"), 2),
         "accelerate with a hostile config": (hostile, 2),
     }
 
@@ -119,6 +120,12 @@ def test_every_way_of_launching_gives_the_same_run(runs, plain):
         for metric in ("held_out_loss_before", "held_out_loss_after"):
             assert report["metrics"][metric] == pytest.approx(plain.report["metrics"][metric], rel=1e-5), name
         assert report["metrics"]["held_out_loss_after"] < report["metrics"]["held_out_loss_before"]
+
+
+def test_a_micro_batch_larger_than_a_ranks_share_is_that_share_and_told(runs):
+    found, _ = runs["torchrun on 2"]
+    assert found.report["recipe"]["training"]["micro_batch_size"] == 4
+    assert "micro batches of 4, a rank's share, instead of 8" in found.done.stdout
 
 
 def test_what_a_hostile_accelerate_config_wants_is_overruled_and_told(hostile, runs):
