@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -273,6 +274,20 @@ def test_every_run_of_a_shipped_sweep_loads(path):
     for cell in first if chooses and chooses.by == "held_out" else ():  # what chooses has no part in what is reported
         ours, reported = cell.recipe.data.held_out_source, second[0].recipe.data.held_out_source
         assert ours.path == reported.path and ours.skip >= reported.skip + reported.limit
+
+
+@pytest.mark.parametrize("name", ["launch/slurm/sweep.sbatch", "launch/sweep.py", "README.md"])
+def test_the_numbers_of_an_array_are_those_of_its_sweeps_stages(name):
+    text = (ROOT / name).read_text().replace("\\\n#", "")
+    commands = re.findall(r"sbatch (.*)--array (\d+)-(\d+) (.*)launch/slurm/sweep.sbatch +(\S+)", text)
+    assert len(commands) == (2 if name.endswith(".sbatch") else 1)
+    for *options, path in commands:
+        sweep = read_sweep(ROOT / path)
+        first, second = candidates(sweep), final_cells(sweep, {})
+        stages = [(0, len(first) - 1), (len(first), len(first) + len(second) - 1)]
+        before, start, stop, after = options
+        assert (int(start), int(stop)) == stages["afterany" in after]
+        check(first + second, ranks=int(re.search(r"--gpus-per-node (\d+)", before + after)[1]))
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess:
