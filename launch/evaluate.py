@@ -53,7 +53,7 @@ def main() -> int:
     from lorasp.zero.launch import start_ranks, stop_ranks
 
     dtype = compute_dtype(recipe)
-    ranks = start_ranks(recipe, dtype)
+    ranks = start_ranks(recipe, dtype, trains=False)
     run_dir = claim_run_directory(recipe, ranks)
     log = RunLog(recipe, ranks, run_dir, trains=False)
     directory = find_model(recipe, ranks)

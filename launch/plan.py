@@ -42,7 +42,8 @@ def main() -> int:
     if picture is not None and picture.suffix != ".png":
         raise RecipeError(f"--sweep: {picture} is no name of a picture; write one that ends in .png")
     recipe = load_recipe(options.recipe, options.overrides)
-    recipe.accumulation(options.world_size)  # refuses a batch that does not divide
+    if fit is None or recipe.training.global_batch_size % options.world_size:  # --fit tries micro batches that divide
+        recipe.accumulation(options.world_size)  # refuses a batch that does not
     recipe = recipe.on_ranks(options.world_size)
 
     gc.disable()  # imports make a million objects, which all stay: looking through them would take most of a second

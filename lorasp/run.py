@@ -259,8 +259,9 @@ def load_model(
     if saved is not None:
         saved.apply(model)
     counts, flops = count_parameters(model), count_flops(model)
-    ds_config = deepspeed_config(recipe, dtype, ranks.world_size)
-    ds_config["zero_optimization"][PREFETCH] = 0  # no matter of sharding; "auto" is known only to the engine
+    # Accumulation and prefetching are no matters of sharding; "auto" is known only to the engine.
+    ds_config = deepspeed_config(recipe, dtype, ranks.world_size, trains=False)
+    ds_config["zero_optimization"][PREFETCH] = 0
     place = keep_unit_whole if keeps_base_whole(recipe.deepspeed.config) else shard_unit
     keeps: PackedBaseWriter | None = None
     if recipe.quantization.init == "residual":

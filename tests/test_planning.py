@@ -341,6 +341,16 @@ def test_bad_arguments_are_told(arguments, said):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_micro_batches_that_divide_are_found_where_the_recipes_does_not():
+    command = [sys.executable, "launch/plan.py", "recipes/quickstart.yaml", "--cpu", "--world-size", "4"]
+    command += ["training.global_batch_size=24", "training.micro_batch_size=4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "do not divide over 4 ranks with micro batches of 4" in done.stderr
+    done = subprocess.run([*command, "--fit", "8GiB"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "training.activation_checkpointing=selective training.micro_batch_size=6" in done.stdout
+
+
 def test_a_plan_that_does_not_fit_exits_with_one():
     command = [
         sys.executable,

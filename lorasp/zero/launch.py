@@ -65,16 +65,18 @@ class Ranks:
         return gathered
 
 
-def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
+def start_ranks(recipe: Recipe, dtype: torch.dtype, *, trains: bool = True) -> Ranks:
     """Joins the process group and builds the Accelerator with DeepSpeed's plugin from the recipe.
 
     Works under `accelerate launch` with or without flags, under torchrun, and as a plain `python launch/train.py`. One
     process without a launcher becomes rank 0 of 1.
 
-    Raises RecipeError when the batch does not fit the world size, or a launcher's processes do not form one world.
+    Raises RecipeError when the batch does not fit the world size, where it `trains` at all, or a launcher's processes
+    do not form one world.
     """
     overruled = _take_over_environment()
-    recipe.accumulation(int(os.environ["WORLD_SIZE"]))  # refuse a batch that does not fit before anything is started
+    if trains:
+        recipe.accumulation(int(os.environ["WORLD_SIZE"]))  # refuse a batch that does not fit before all else
     _quiet_libraries()
 
     if recipe.deterministic:
@@ -92,7 +94,7 @@ def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
 
     cuda = torch.cuda.is_available()
     check_zero_settings(recipe)
-    config = deepspeed_config(recipe, dtype, int(os.environ["WORLD_SIZE"]))
+    config = deepspeed_config(recipe, dtype, int(os.environ["WORLD_SIZE"]), trains=trains)
     accelerator = Accelerator(
         # The plugin and the backend are given here because the user's launch command need not name them. Without the
         # backend, and without a GPU, each process would take itself for rank 0 of 1 while DeepSpeed shards over all.
@@ -119,11 +121,11 @@ def start_ranks(recipe: Recipe, dtype: torch.dtype) -> Ranks:
     return ranks
 
 
-def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """The JSON of `ds_configs/` with what the recipe decides filled in."""
+def deepspeed_config(recipe: Recipe, dtype: torch.dtype, world_size: int, *, trains: bool = True) -> dict[str, Any]:
+    """The JSON of `ds_configs/` with what the recipe decides filled in; where nothing `trains`, any batch will do."""
     config = json.loads(Path(recipe.deepspeed.config).read_text())
     config["train_micro_batch_size_per_gpu"] = recipe.on_ranks(world_size).training.micro_batch_size
-    config["gradient_accumulation_steps"] = recipe.accumulation(world_size)
+    config["gradient_accumulation_steps"] = recipe.accumulation(world_size) if trains else 1
     config["gradient_clipping"] = recipe.training.max_grad_norm
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
     # Adapters are tiny: bf16 sums of their gradients lose bits and save nothing.
