@@ -4,7 +4,7 @@ python launch/sweep.py recipes/sweeps/glue_encoder.yaml --list
 python launch/sweep.py recipes/sweeps/glue_encoder.yaml
 python launch/sweep.py recipes/sweeps/glue_encoder.yaml --launcher "--use_deepspeed --num_processes 2"
 python launch/sweep.py recipes/sweeps/smollm2_alpaca.yaml data.train=alpaca.json output_dir=/scratch/runs
-sbatch --array 0-59 --gpus-per-node 1 launch/slurm/sweep.sbatch recipes/sweeps/glue_encoder.yaml
+sbatch --array 0-59 --gpus-per-node 1 --cpus-per-task 4 launch/slurm/sweep.sbatch recipes/sweeps/glue_encoder.yaml
 
 The file is explained in lorasp/sweep/definition.py. The same command goes on: what has finished is passed over, what
 left in the middle is resumed. Exit code 1: some run failed, all others were tried.

@@ -287,6 +287,7 @@ def test_the_numbers_of_an_array_are_those_of_its_sweeps_stages(name):
         stages = [(0, len(first) - 1), (len(first), len(first) + len(second) - 1)]
         before, start, stop, after = options
         assert (int(start), int(stop)) == stages["afterany" in after]
+        assert "--cpus-per-task" in before + after  # or the run shares a core with whatever else is on its node
         check(first + second, ranks=int(re.search(r"--gpus-per-node (\d+)", before + after)[1]))
 
 

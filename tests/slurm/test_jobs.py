@@ -67,7 +67,7 @@ def test_a_job_leaves_is_requeued_and_ends_as_the_undisturbed_run(disturb, slurm
     time.sleep(2)
     slurm.do("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert slurm.end(job) == "COMPLETED", log()
-    assert "start 0 on n[1-2], 1 rank(s) a node" in log() and "start 1 on n[1-2]" in log()
+    assert "start 0 on n[1-2], 1 rank(s) and 1 CPU(s) a node" in log() and "start 1 on n[1-2]" in log()
     assert f"resumed after step {left} of 2 rank(s)" in log()
     report = json.loads((run_dir / "report.json").read_text())
     assert report["hosts"] == ["n1", "n2"] and report["world_size"] == 2 and report["status"] == "finished"
