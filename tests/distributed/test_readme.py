@@ -220,6 +220,13 @@ def test_every_message_of_the_troubleshooting_table_is_one_that_we_print():
         assert re.search(r"\s*\{.{1,90}?\}\s*".join(parts), source), message
 
 
+def test_every_link_within_the_readme_leads_to_a_heading():
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#(.*?)\)", README)
+    assert len(links) >= 3 and set(links) <= anchors
+
+
 def test_ci_runs_the_readmes_own_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     marker = re.search(r'grep -F "(.*?)" README.md', script)[1]
