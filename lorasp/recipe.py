@@ -400,9 +400,9 @@ def _kind(task: str) -> str:
 class Recipe(Section):
     name: str = "run"  # of a recipe file: its stem
     output_dir: str = "runs"
-    overwrite: bool = False  # replaces an earlier run of that name
-    # auto: goes on from the newest whole checkpoint of a run that has not ended, on any number of ranks; never; or the
-    # directory of a checkpoint.
+    overwrite: bool = False  # replaces a run of that name that has ended, or is of other settings
+    # auto: goes on from the newest whole checkpoint of a run that has not ended, on any number of ranks; never, which
+    # needs overwrite where one is there; or the directory of a checkpoint.
     resume: str = "auto"
     deterministic: bool = False  # on GPUs: kernels that sum in the same order each time, where there are such; slower
     rehearse: bool = True  # runs the largest step, evaluation and save before the first step, and leaves no trace
