@@ -239,7 +239,8 @@ def _check_same_work(case: Case, sides: Collection[Measured]) -> None:
     """
     labels = [measured.labels for measured in sides]
     if max(labels) - min(labels) > (_FULL_APART if case.packed else 1e-6) * max(labels):
-        raise RecipeError(f"the sides do not train as many labels: {labels} a step")
+        few = "; so few full rows may leave more room: take a larger --batch or --steps" if case.packed else ""
+        raise RecipeError(f"the sides do not train as many labels: {labels} a step{few}")
     losses = [measured.first_loss for measured in sides]
     apart = _ROUNDED_APART if _has_gpu() else 1e-3
     if not case.packed and max(losses) - min(losses) > apart * min(losses):
