@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import io
 import os
 import shutil
@@ -28,6 +29,7 @@ from lorasp.checkpoint import (
 from lorasp.data.mmlu import download_mmlu
 from lorasp.evaluation.mmlu import PREDICTIONS, MmluEvaluation
 from lorasp.evaluation.translation import TRANSLATIONS
+from lorasp.host_memory import return_freed_memory
 from lorasp.memory import free_bytes
 from lorasp.models.build import build_on_meta, fill_and_shard
 from lorasp.models.classes import model_class, open_weights
@@ -206,6 +208,9 @@ def plan_memory(
     except NoPlan as reason:
         warn(f"memory: there is no plan, {reason}")
         return None
+    finally:
+        gc.collect()  # models without memory are many objects, in cycles: what loads would find them in its way
+        return_freed_memory()
     too_much = excess(planned, free_bytes(ranks.device, of_node))
     if too_much and recipe.memory.check == "refuse":
         raise RecipeError(too_much)
