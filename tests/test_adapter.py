@@ -154,8 +154,10 @@ def test_fraction_one_equals_peft(rslora, dropout, monkeypatch):
     ours.square().sum().backward()
     theirs.square().sum().backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(module.A.grad.view(4, 32), lora.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(module.B.grad.view(48, 4), lora.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
+    # By their norms: an entry may be a small difference of large sums, which are added in another order with dropout.
+    for found, expected in ((module.A, lora.lora_A), (module.B, lora.lora_B)):
+        reference = expected["default"].weight.grad
+        assert (found.grad.view_as(reference) - reference).norm() <= 1e-5 * reference.norm()
 
 
 def test_a_dropout_mask_belongs_to_its_example_wherever_it_stands():
